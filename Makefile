@@ -1,0 +1,44 @@
+# Two commands matter: `make demo` and `make test`. Both set up all they need.
+PYTHON ?= python3
+RUNTIME := .venv
+DEV := .venv-dev
+TINY := runtime/ltx_trt/ltx_tiny
+
+.PHONY: demo test lint bundle clean
+
+demo: $(RUNTIME)/.ready build/ltx-tiny/manifest.json
+	$(RUNTIME)/bin/python tools/demo.py --bundle build/ltx-tiny --out demo
+
+test: $(DEV)/.ready
+	$(DEV)/bin/python -m pytest
+
+lint: $(DEV)/.ready
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/ruff format --check .
+	$(DEV)/bin/mypy
+
+# The bundle that is shipped inside the package, made again from its checkpoint.
+bundle: $(DEV)/.ready
+	$(DEV)/bin/python tools/make_tiny_bundle.py
+
+# The runtime: no torch in it.
+$(RUNTIME)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(RUNTIME)
+	$(RUNTIME)/bin/pip install --quiet --editable '.[onnxruntime]'
+	touch $@
+
+# Everything: export, tests, checks. The original package pins versions of 2025 that it does not
+# need, so it comes without its dependencies; its tests use only what is installed here.
+$(DEV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(DEV)
+	$(DEV)/bin/pip install --quiet --editable '.[dev]'
+	$(DEV)/bin/pip install --quiet --no-deps ltx-video==0.1.2
+	touch $@
+
+build/ltx-tiny/manifest.json: $(DEV)/.ready $(TINY)/ltx-tiny.safetensors
+	$(DEV)/bin/ltx-export onnx $(TINY)/ltx-tiny.safetensors --text-encoder $(TINY)/text_encoder \
+	    --pipeline-config tools/tiny/ltx-tiny.yaml --out build/ltx-tiny --overwrite
+	touch $@
+
+clean:
+	rm -rf $(RUNTIME) $(DEV) build demo

@@ -1,0 +1,160 @@
+"""The stages of each model family, and the one table of tensors that everybody reads.
+
+ONNX axes, TensorRT profiles, the runtime's checks and Triton's configuration all derive from these
+tables. An axis is a size when every engine of the model has the same, else a name; two axes of one
+stage with the same name always have the same size.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+Axis = int | str
+
+FLOAT = "float"
+"""The element type of the stage's own precision: float32, float16 or bfloat16."""
+
+STAGES = ("text_encoder", "transformer", "vae_encoder", "vae_decoder")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One input or output. `dtype` is FLOAT or the name of a fixed type."""
+
+    name: str
+    dtype: str
+    axes: tuple[Axis, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One engine's contract."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.inputs
+        yield from self.outputs
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseInput:
+    """Noise that a VAE 0.9.1 decoder adds inside block `block`: `maps` images of that level."""
+
+    block: int
+    maps: int
+
+    @property
+    def name(self) -> str:
+        return f"noise_{self.block}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What of a checkpoint's configuration shows in the tensor tables of LTX-Video."""
+
+    in_channels: int
+    out_channels: int
+    caption_channels: int
+    num_layers: int
+    latent_channels: int
+    timestep_conditioning: bool
+    noise_inputs: tuple[NoiseInput, ...] = ()
+
+
+def ltx_video(sizes: Sizes) -> dict[str, Stage]:
+    """The four stages of LTX-Video's base pipeline, by name."""
+    return {
+        stage.name: stage
+        for stage in (
+            _text_encoder(sizes),
+            _transformer(sizes),
+            _vae_encoder(sizes),
+            _vae_decoder(sizes),
+        )
+    }
+
+
+def _text_encoder(sizes: Sizes) -> Stage:
+    return Stage(
+        "text_encoder",
+        inputs=(
+            Tensor("input_ids", "int64", ("batch", "text")),
+            Tensor("attention_mask", "int64", ("batch", "text")),
+        ),
+        outputs=(Tensor("prompt_embeds", FLOAT, ("batch", "text", sizes.caption_channels)),),
+    )
+
+
+def _transformer(sizes: Sizes) -> Stage:
+    """`timesteps` is 1 (one sigma for the clip) or `tokens` (one each, for conditioning)."""
+    return Stage(
+        "transformer",
+        inputs=(
+            Tensor("latents", FLOAT, ("batch", "tokens", sizes.in_channels)),
+            Tensor("coords", "float32", ("batch", 3, "tokens")),
+            Tensor("timestep", "float32", ("batch", "timesteps")),
+            Tensor("prompt_embeds", FLOAT, ("batch", "text", sizes.caption_channels)),
+            Tensor("prompt_mask", FLOAT, ("batch", "text")),
+            Tensor("skip_layer_mask", FLOAT, (sizes.num_layers, "batch")),
+        ),
+        outputs=(Tensor("velocity", FLOAT, ("batch", "tokens", sizes.out_channels)),),
+    )
+
+
+def _latents(sizes: Sizes, name: str) -> Tensor:
+    grid = ("latent_frames", "latent_height", "latent_width")
+    return Tensor(name, FLOAT, ("batch", sizes.latent_channels, *grid))
+
+
+PIXELS = Tensor("pixels", FLOAT, ("batch", 3, "frames", "height", "width"))
+"""Pixels from -1 to 1; frames = 8 (latent_frames - 1) + 1, height = 32 latent_height."""
+
+
+def _vae_encoder(sizes: Sizes) -> Stage:
+    return Stage(
+        "vae_encoder",
+        inputs=(PIXELS, _latents(sizes, "noise")),
+        outputs=(_latents(sizes, "latents"),),
+    )
+
+
+def _vae_decoder(sizes: Sizes) -> Stage:
+    timestep = (Tensor("timestep", "float32", ("batch",)),) if sizes.timestep_conditioning else ()
+    noises = tuple(
+        Tensor(n.name, FLOAT, (n.maps, f"height_{n.block}", f"width_{n.block}"))
+        for n in sizes.noise_inputs
+    )
+    return Stage(
+        "vae_decoder",
+        inputs=(_latents(sizes, "latents"), *timestep, *noises),
+        outputs=(PIXELS,),
+    )
+
+
+def check_feeds(stage: str, inputs: Sequence[Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse feeds whose names or shapes break the table, naming the tensor and the axis.
+
+    Raises:
+        ValueError: a name is missing or unknown, a rank or a size differs, or two axes of one
+            name have different sizes.
+    """
+    expected = {tensor.name for tensor in inputs}
+    if expected != shapes.keys():
+        missing, extra = sorted(expected - shapes.keys()), sorted(shapes.keys() - expected)
+        raise ValueError(f"{stage}: inputs missing {missing}, unknown {extra}")
+    sizes: dict[str, tuple[int, str]] = {}
+    for tensor in inputs:
+        shape = shapes[tensor.name]
+        if len(shape) != len(tensor.axes):
+            raise ValueError(f"{stage}: {tensor.name} has axes {tensor.axes}, got shape {shape}")
+        for axis, size in zip(tensor.axes, shape, strict=True):
+            wanted, where = (axis, "") if isinstance(axis, int) else sizes.get(axis, (size, ""))
+            if size != wanted:
+                source = f" as in {where}" if where else ""
+                raise ValueError(
+                    f"{stage}: {tensor.name} axis {axis!r} is {size}, wanted {wanted}{source}"
+                )
+            if isinstance(axis, str):
+                sizes.setdefault(axis, (size, tensor.name))

@@ -1,0 +1,153 @@
+"""What a checkpoint file says about itself, and loading that either fits exactly or stops.
+
+Only the safetensors format is read (https://huggingface.co/docs/safetensors): eight bytes of header
+length, a JSON header with the byte range of each tensor, then the bytes. Nothing here needs more
+than the header until weights are asked for.
+"""
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+BITS = MappingProxyType(
+    {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8}
+    | {"U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "U32": 32, "U64": 64}
+)
+"""Bits of one element, for each element type that the safetensors format names."""
+
+HEADER_LIMIT = 100_000_000
+"""The format's own limit on the header's length, in bytes."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, said in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a file. `begin` and `end` are offsets in bytes from the file's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A safetensors file without its bytes."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: info.shape for name, info in self.tensors.items()}
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header; every byte range must lie inside the file and fit its shape.
+
+    Raises:
+        CheckpointError: not a safetensors file, or cut short.
+        OSError: the file cannot be read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else None
+        if length is None or not 2 <= length <= HEADER_LIMIT:
+            raise CheckpointError(
+                f"{path} is not a safetensors file (pickled checkpoints are not loaded); "
+                "convert it with safetensors first"
+            )
+        text = file.read(length)
+    if len(text) < length:
+        raise _truncated(path, found=size, wanted=8 + length)
+    try:
+        table = json.loads(text)
+    except ValueError:
+        raise CheckpointError(f"{path}: its header is not JSON; download it again") from None
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{path}: its header is not a JSON object; download it again")
+    metadata = table.pop("__metadata__", {})
+    tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in table.items()}
+    wanted = max((info.end for info in tensors.values()), default=8 + length)
+    if size < wanted:
+        raise _truncated(path, found=size, wanted=wanted)
+    return Header(path, MappingProxyType(tensors), MappingProxyType(metadata))
+
+
+def _truncated(path: Path, *, found: int, wanted: int) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is truncated: {found:,} bytes, its header promises {wanted:,}; download it again"
+    )
+
+
+def _tensor(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
+    try:
+        dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+        begin, end = (start + int(offset) for offset in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{path}: the header's entry of {name!r} is malformed") from None
+    if dtype not in BITS:
+        raise CheckpointError(f"{path}: {name} has element type {dtype!r}, which is not known here")
+    if (end - begin) * 8 != prod(shape) * BITS[dtype]:
+        raise CheckpointError(
+            f"{path}: {name} has {end - begin} bytes, shape {shape} of {dtype} needs "
+            f"{prod(shape) * BITS[dtype] // 8}"
+        )
+    return TensorInfo(dtype, shape, begin, end)
+
+
+def difference(
+    found: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    ignored: Iterable[str] = (),
+) -> str | None:
+    """How the tensors of a file differ from a model's, in one line; None when they fit.
+
+    Names in `ignored` may be in the file without being wanted.
+    """
+    missing = sorted(wanted.keys() - found.keys())
+    unexpected = sorted(found.keys() - wanted.keys() - set(ignored))
+    reshaped = [
+        f"{name} is {list(found[name])}, wanted {list(shape)}"
+        for name, shape in sorted(wanted.items())
+        if name in found and found[name] != shape
+    ]
+    parts = [
+        f"{len(items)} {what}: {', '.join(items[:3])}{', ...' if len(items) > 3 else ''}"
+        for what, items in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of wrong shape", reshaped),
+        )
+        if items
+    ]
+    return "; ".join(parts) or None
+
+
+def load_weights(model: "nn.Module", header: Header, ignored: Iterable[str] = ()) -> None:
+    """Fill the model with the file's tensors, sharing the mapped file's memory.
+
+    The model may be on the meta device. Afterwards each parameter has the file's element type.
+
+    Raises:
+        CheckpointError: names or shapes do not fit; nothing was changed.
+    """
+    from safetensors import safe_open
+
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if wrong := difference(header.shapes(), wanted, ignored):
+        raise CheckpointError(f"{header.path} does not fit the model: {wrong}")
+    with safe_open(header.path, framework="pt") as file:
+        model.load_state_dict({name: file.get_tensor(name) for name in wanted}, assign=True)
