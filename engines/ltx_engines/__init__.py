@@ -1,0 +1,1 @@
+"""What an engine is: the contract that exporter and runtime both read."""

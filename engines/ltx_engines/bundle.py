@@ -1,0 +1,388 @@
+"""A bundle is a folder and a manifest: everything a runtime needs to know about a model's engines.
+
+    manifest.json           what is in the folder: stages, tensors, files with sizes and hashes
+    transformer.onnx ...    one graph per stage; their weights are byte ranges of the files below
+    CHECKPOINT.safetensors  the original checkpoint, unchanged
+    text_encoder/           its config, weights and tokenizer.json
+
+It appears in one rename when it is complete, and is opened only when every byte is as it was.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from reprlib import repr as short
+from stat import S_ISREG
+from typing import Annotated, Literal
+from uuid import uuid4
+
+from platformdirs import user_cache_dir
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ltx_engines import hashes, strict
+from ltx_engines.errors import UserError, nearest
+from ltx_engines.shapes import SPACE, TIME
+from ltx_engines.stages import FLOAT, STAGES, Tensor
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+AGAIN = "export the bundle again (ltx-export onnx)"
+
+Precision = Literal["float32", "float16", "bfloat16"]
+StgMode = Literal["attention_values", "attention_skip", "transformer_block"]
+Count = Annotated[int, Field(ge=1)]
+PerStep = float | tuple[float, ...]
+"""One number for the whole run, or one for each of the guidance timesteps."""
+
+log = logging.getLogger(__name__)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class TensorEntry(_Frozen):
+    """A tensor of stages.py with the element type that this bundle's engine really has."""
+
+    name: str
+    dtype: str
+    axes: tuple[Count | str, ...]
+
+
+class StageEntry(_Frozen):
+    """`file` and `weights`, the files that the graph points into, are keys of Manifest.files."""
+
+    file: str
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+    weights: tuple[str, ...] = ()
+
+
+class FileEntry(_Frozen):
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(ge=0)]
+
+
+class TokenizerEntry(_Frozen):
+    file: str
+    max_length: Count
+    pad_token_id: Annotated[int, Field(ge=0)]
+
+
+class NoiseBlock(_Frozen):
+    """A noise input of the VAE decoder: `maps` images, `scale` times the latent grid's size."""
+
+    name: str
+    maps: Count
+    scale: Count
+
+
+class ModelFacts(_Frozen):
+    latent_channels: Count
+    num_layers: Count
+    causal_temporal_positioning: bool
+    timestep_conditioning: bool
+    stg_mode: StgMode
+    noise_blocks: tuple[NoiseBlock, ...] = ()
+    time_compression: Count = TIME
+    space_compression: Count = SPACE
+
+
+class SchedulerFacts(_Frozen):
+    """The fields of the original RectifiedFlowScheduler, with its defaults."""
+
+    num_train_timesteps: Count = 1000
+    shifting: Literal["SD3", "SimpleDiffusion"] | None = None
+    base_resolution: Count | None = 32**2  # null in files that shift otherwise
+    target_shift_terminal: float | None = None
+    sampler: Literal["Uniform", "LinearQuadratic", "Constant"] = "Uniform"
+    shift: float | None = None
+
+
+class Defaults(_Frozen):
+    """What a run does when nobody says otherwise; the values are the original base config's."""
+
+    width: Count = 1216
+    height: Count = 704
+    num_frames: Count = 121
+    frame_rate: Annotated[float, Field(gt=0)] = 30.0
+    num_inference_steps: Count = 40
+    timesteps: tuple[float, ...] | None = None
+    skip_initial_inference_steps: Annotated[int, Field(ge=0)] = 0
+    skip_final_inference_steps: Annotated[int, Field(ge=0)] = 0
+    guidance_scale: PerStep = 3.0
+    stg_scale: PerStep = 1.0
+    rescaling_scale: PerStep = 0.7
+    skip_block_list: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = (19,)
+    guidance_timesteps: tuple[float, ...] | None = None
+    cfg_star_rescale: bool = False
+    stochastic_sampling: bool = False
+    decode_timestep: float = 0.05
+    decode_noise_scale: float = 0.025
+    negative_prompt: str = "worst quality, inconsistent motion, blurry, jittery, distorted"
+
+
+class Manifest(_Frozen):
+    """`checkpoint`, `tokenizer.file` and the stages' files are keys of `files`."""
+
+    format_version: int = FORMAT_VERSION
+    family: Literal["ltx_video"]
+    name: str
+    model_version: str
+    precision: Precision
+    stages: dict[str, StageEntry]
+    files: dict[str, FileEntry] = Field(default_factory=dict)
+    checkpoint: str
+    tokenizer: TokenizerEntry
+    model: ModelFacts
+    scheduler: SchedulerFacts
+    allowed_inference_steps: tuple[float, ...] | None = None
+    defaults: Defaults = Defaults()
+    toolchain: dict[str, str] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    path: Path
+    manifest: Manifest
+
+    def stage(self, name: str) -> StageEntry:
+        stages = self.manifest.stages
+        if name not in stages:
+            present = ", ".join(sorted(stages)) or "none"
+            raise UserError(f"{self.path} has no stage {name!r}, only {present}; {AGAIN}")
+        return stages[name]
+
+    def file(self, name: str) -> Path:
+        if name not in self.manifest.files:
+            hint = nearest(name, self.manifest.files)
+            raise ValueError(f"{name!r} is not a file of {self.path}{hint}")
+        return self.path / name
+
+
+def tensor_entries(tensors: Iterable[Tensor], precision: Precision) -> tuple[TensorEntry, ...]:
+    """The rows of stages.py with FLOAT made concrete."""
+    return tuple(
+        TensorEntry(name=t.name, dtype=precision if t.dtype == FLOAT else t.dtype, axes=t.axes)
+        for t in tensors
+    )
+
+
+def tensors(entries: Iterable[TensorEntry]) -> tuple[Tensor, ...]:
+    """Back to the rows that `stages.check_feeds` reads; the element types stay concrete."""
+    return tuple(Tensor(entry.name, entry.dtype, entry.axes) for entry in entries)
+
+
+def open_bundle(path: Path, *, cache: Path | None = None) -> Bundle:
+    """Read and check a bundle. `cache` is where large files' verification is remembered."""
+    manifest = _read(path)
+    cache = Path(user_cache_dir("ltx-trt")) if cache is None else cache
+    files = {name: _inside(path, name) for name in manifest.files}
+    for name, file in files.items():  # all sizes before the first hash: they cost nothing
+        _check_size(file, manifest.files[name].bytes)
+    for name, file in files.items():
+        wanted = manifest.files[name].sha256
+        with _told(file):
+            found = hashes.verify(file, wanted, cache)
+        if found != wanted:
+            raise UserError(
+                f"{file} has sha256 {found[:12]}, the manifest says {wanted[:12]}; "
+                f"copy it again or {AGAIN}"
+            )
+    return Bundle(path, manifest)
+
+
+@contextmanager
+def create(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write and `seal` a bundle in. It takes its place on success, else vanishes."""
+    target = Path(os.path.realpath(folder))
+    _check_target(target, overwrite=overwrite)
+    temporary = target.with_name(f".{target.name}.{uuid4().hex[:8]}.partial")
+    try:
+        with _told(f"cannot write {folder}"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+        yield temporary
+        if not (temporary / MANIFEST).is_file():
+            raise ValueError(f"seal the bundle before create({folder}) ends")
+        _check_target(target, overwrite=overwrite)  # the export may have taken an hour
+        with _told(f"cannot write {folder}"):
+            _place(temporary, target)
+    finally:
+        _remove(temporary)
+
+
+def seal(folder: Path, manifest: Manifest) -> Manifest:
+    """Write manifest.json with the size and hash of every file that lies in the folder."""
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    )
+    with _told(f"cannot seal {folder}"):
+        files = {name: _entry(_inside(folder, name)) for name in names if name != MANIFEST}
+        sealed = manifest.model_copy(update={"files": files})
+        if problem := _loose_end(sealed):
+            raise ValueError(f"cannot seal {folder}: {problem}")
+        text = json.dumps(sealed.model_dump(mode="json"), sort_keys=True, indent=2) + "\n"
+        (folder / MANIFEST).write_text(text, encoding="utf-8")
+    return sealed
+
+
+def _read(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    with _told(path):
+        try:
+            raw = _inside(folder, MANIFEST).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{folder} is not a bundle: no {MANIFEST}; make one with ltx-export onnx"
+            ) from None
+    try:
+        data = json.loads(raw)
+        text = json.dumps(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}; {AGAIN}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must be a JSON object, not {short(data)}; {AGAIN}")
+    _check_version(path, data.get("format_version"))
+    try:  # strict in the file only: there 1 is not true and "1" is not 1
+        manifest = Manifest.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        problem = strict.problem(error, data, Manifest)
+    else:
+        problem = _loose_end(manifest)
+    if problem:
+        raise UserError(f"{path}: {problem}" + ("" if problem.endswith("?") else f"; {AGAIN}"))
+    return manifest
+
+
+def _check_version(path: Path, found: object) -> None:
+    if type(found) is int and found == FORMAT_VERSION:
+        return
+    newer = type(found) is int and found > FORMAT_VERSION
+    raise UserError(
+        f"{path} has format version {short(found)}, this program reads {FORMAT_VERSION}; "
+        + ("update ltx-trt" if newer else AGAIN)
+    )
+
+
+def _loose_end(manifest: Manifest) -> str:
+    """What in the manifest points to nothing, or an empty string."""
+    named = {"checkpoint": manifest.checkpoint, "tokenizer.file": manifest.tokenizer.file}
+    for name, stage in manifest.stages.items():
+        if name not in STAGES:
+            return f"unknown stage {name!r}{nearest(name, STAGES)}"
+        named[f"stages.{name}.file"] = stage.file
+        named |= {f"stages.{name}.weights.{i}": file for i, file in enumerate(stage.weights)}
+    for where, file in named.items():
+        if file not in manifest.files:
+            return f"{where} is {file!r}, which is not among files{nearest(file, manifest.files)}"
+    return ""
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a file of the bundle, which must not lead out of it."""
+    pure = PurePosixPath(name)
+    plain = name.isprintable() and "\\" not in name and str(pure) == name != "."
+    if not plain or pure.is_absolute() or ".." in pure.parts:
+        raise UserError(f"{folder}: {name!r} is not a path inside the bundle; {AGAIN}")
+    if not Path(os.path.realpath(folder / name)).is_relative_to(os.path.realpath(folder)):
+        raise UserError(
+            f"{folder}: {name!r} is a link out of the bundle; put the file itself there"
+        )
+    return folder / name
+
+
+def _size(file: Path) -> int:
+    if not os.path.lexists(file):
+        raise UserError(f"{file} is missing; copy it again or {AGAIN}")
+    with _told(file):
+        stat = file.stat()
+    if not S_ISREG(stat.st_mode):
+        raise UserError(f"{file} is not a regular file; {AGAIN}")
+    return stat.st_size
+
+
+def _check_size(file: Path, wanted: int) -> None:
+    if (found := _size(file)) != wanted:
+        raise UserError(
+            f"{file} has {found} bytes, the manifest says {wanted}; copy it again or {AGAIN}"
+        )
+
+
+def _entry(file: Path) -> FileEntry:
+    size = _size(file)
+    return FileEntry(sha256=hashes.sha256(file), bytes=size)
+
+
+def _check_target(target: Path, *, overwrite: bool) -> None:
+    """Only nothing, an empty folder or, if so wished, a bundle and nothing else may give way."""
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise UserError(f"{target} is not a folder; choose another place for the bundle")
+    with _told(target):
+        if not any(target.iterdir()):
+            return
+        listed = _listed(target)
+        if not listed:
+            raise UserError(f"{target} is neither empty nor a bundle; choose another folder")
+        if not overwrite:
+            raise UserError(f"{target} holds a bundle; choose another folder or overwrite it")
+        here = (p.relative_to(target).as_posix() for p in target.rglob("*") if not p.is_dir())
+        if foreign := sorted(set(here) - listed):
+            raise UserError(
+                f"{target} holds files that are not the bundle's ({', '.join(foreign[:3])}); "
+                "move them away first"
+            )
+
+
+def _listed(folder: Path) -> set[str]:
+    """The files of any version's bundle, its manifest included; nothing if it is no bundle."""
+    try:
+        data = json.loads((folder / MANIFEST).read_bytes())
+        return {MANIFEST, *data["files"]} if "format_version" in data else set()
+    except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
+        return set()
+
+
+def _place(new: Path, target: Path) -> None:
+    """POSIX renames onto nothing or an empty folder; a full one has to step aside first."""
+    if not target.exists() or not any(target.iterdir()):
+        os.replace(new, target)
+        return
+    old = new.with_suffix(".old")
+    os.replace(target, old)
+    try:
+        os.replace(new, target)
+    finally:  # also after Ctrl-C: one of the two is in place
+        if target.exists():
+            _remove(old)
+        else:
+            os.replace(old, target)
+
+
+def _remove(folder: Path) -> None:
+    if not os.path.lexists(folder):  # it was never made, or it was renamed into place
+        return
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        log.warning("cannot remove %s: %s", folder, error)
+
+
+@contextmanager
+def _told(what: object) -> Iterator[None]:
+    """What the operating system refuses, a user can mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror or error}") from error
