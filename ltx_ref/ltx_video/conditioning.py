@@ -39,7 +39,8 @@ def patchify(latents: Tensor) -> Tensor:
 
 def unpatchify(tokens: Tensor, grid: LatentGrid) -> Tensor:
     """B N C -> B C frames rows columns."""
-    return tokens.transpose(1, 2).unflatten(2, (grid.frames, grid.rows, grid.columns))
+    latents: Tensor = tokens.transpose(1, 2).unflatten(2, (grid.frames, grid.rows, grid.columns))
+    return latents
 
 
 def coordinates(grid: LatentGrid, frame_rate: float, *, causal: bool) -> Tensor:

@@ -77,6 +77,8 @@ class Guidance:
         count = None if self.guidance_timesteps is None else len(self.guidance_timesteps)
         if count == 0:
             raise ValueError("guidance_timesteps is empty; leave it out for the same at all steps")
+        if len({isinstance(entry, tuple) for entry in self.skip_block_list}) > 1:
+            raise ValueError(f"skip_block_list mixes blocks and lists: {self.skip_block_list}")
         for name in ("guidance_scale", "stg_scale", "rescaling_scale", "skip_block_list"):
             value = getattr(self, name)
             listed = isinstance(value, tuple) and (
@@ -110,11 +112,8 @@ def _pick(value: PerStep, index: int) -> float:
 
 
 def _pick_blocks(value: Blocks | tuple[Blocks, ...], index: int) -> Blocks:
-    flat = tuple(entry for entry in value if isinstance(entry, int))
     listed = tuple(entry for entry in value if isinstance(entry, tuple))
-    if flat and listed:
-        raise ValueError(f"skip_block_list mixes blocks and lists of blocks: {value}")
-    return listed[index] if listed else flat
+    return listed[index] if listed else tuple(entry for entry in value if isinstance(entry, int))
 
 
 @dataclass(frozen=True, slots=True)

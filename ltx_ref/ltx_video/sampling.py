@@ -55,7 +55,7 @@ def schedule(config: SchedulerConfig, steps: int, tokens: int) -> tuple[float, .
 
 
 def linear_quadratic(steps: int) -> Tensor:
-    """Half of the steps fall evenly by THRESHOLD in all, the others ever faster; no kink between."""
+    """Half of the steps fall evenly by THRESHOLD in all, the others ever faster, without a kink."""
     if steps == 1:
         return torch.ones(1)
     linear = steps // 2
@@ -103,6 +103,8 @@ def stretch(sigmas: Tensor, terminal: float) -> Tensor:
     if not 0 < terminal < 1:
         raise ValueError(f"target_shift_terminal must be between 0 and 1, not {terminal}")
     fallen = 1 - sigmas
+    if fallen[-1] == 0:
+        raise ValueError("one step from 1 cannot end at a terminal; take at least two")
     return 1 - fallen / (fallen[-1] / (1 - terminal))
 
 
