@@ -1,0 +1,4 @@
+"""From bundle to video, without PyTorch."""
+
+SEED = 171198
+"""The original's default."""

@@ -1,0 +1,147 @@
+"""ltx-trt: run a bundle, or look at one."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from ltx_engines.errors import UserError
+from ltx_trt import SEED
+
+SHIPPED = Path(__file__).parent / "ltx_tiny"
+
+INTERRUPTED = 130
+
+USAGE_ERROR = cast(Any, typer.BadParameter.__mro__[1])
+"""click's UsageError. typer has carried a click of its own since 0.2x, and does not export it."""
+
+
+def _with_dashes(word: str) -> str:
+    """The original spells its flags with underscores (--num_frames); both are understood."""
+    return word.replace("_", "-")
+
+
+app = typer.Typer(
+    name="ltx-trt",
+    help=__doc__,
+    add_completion=False,
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"token_normalize_func": _with_dashes},
+)
+
+
+Pixels = Annotated[int | None, typer.Option(min=1, help="Pixels.")]
+Count = Annotated[int | None, typer.Option(min=1)]
+Scale = Annotated[float | None, typer.Option(help="1 is none.")]
+Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout, nothing else.")]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", help="A .mp4 or .gif file, a new folder, or frames_%04d.png."),
+]
+Stg = Annotated[float | None, typer.Option(help="Spatio-temporal guidance; 0 is none.")]
+Sampler = Annotated[str | None, typer.Option(help="euler, stochastic, dpmpp-2m or ddim.")]
+Eta = Annotated[float, typer.Option(help="The share of fresh noise in ddim, 0 to 1.")]
+Config = Annotated[Path | None, typer.Option(help="An original configs/ltxv-*.yaml.")]
+Strict = Annotated[bool, typer.Option("--strict-shape", help="Refuse sizes that need a crop.")]
+Sheet = Annotated[Path | None, typer.Option(help="Also an overview of the frames (.png).")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Of one operator, on the CPU.")]
+
+
+@app.command()
+def run(  # noqa: PLR0913 - options of a command
+    prompt: Annotated[str, typer.Option(help="What the clip shows.")],
+    output: Output,
+    bundle: Annotated[Path, typer.Option(help="The exported model.")] = SHIPPED,
+    negative_prompt: Annotated[str | None, typer.Option(help="What it does not show.")] = None,
+    width: Pixels = None,
+    height: Pixels = None,
+    num_frames: Count = None,
+    frame_rate: Annotated[float | None, typer.Option(help="Frames a second.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = SEED,
+    num_inference_steps: Count = None,
+    guidance_scale: Scale = None,
+    stg_scale: Stg = None,
+    rescaling_scale: Scale = None,
+    sampler: Sampler = None,
+    eta: Eta = 0.0,
+    pipeline_config: Config = None,
+    strict_shape: Strict = False,
+    contact_sheet: Sheet = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Make a clip from a prompt. What is not said is the pipeline config's or the bundle's."""
+    if bundle == SHIPPED and not SHIPPED.is_dir():
+        raise UserError(
+            f"the bundle that ships with ltx-trt is missing ({SHIPPED}); name one with --bundle"
+        )
+    from ltx_trt.job import Job, execute
+    from ltx_trt.request import Wishes
+
+    wishes = Wishes(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        frame_rate=frame_rate,
+        seed=seed,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        stg_scale=stg_scale,
+        rescaling_scale=rescaling_scale,
+        sampler=sampler,
+        eta=eta,
+        strict_shape=strict_shape,
+    )
+    report = execute(Job(wishes, bundle, output, pipeline_config, contact_sheet, threads))
+    print(report.as_json() if json else report.as_text())
+
+
+@app.command()
+def info(
+    bundle: Annotated[Path, typer.Argument(help="The exported model.")],
+    json: Json = False,
+) -> None:
+    """Show a bundle's stages, tensors, files and defaults."""
+    from ltx_engines.bundle import open_bundle
+
+    found = open_bundle(bundle)
+    if json:
+        print(found.manifest.model_dump_json())
+        return
+    from rich.console import Console
+
+    from ltx_trt.overview import show
+
+    show(found, Console(soft_wrap=True))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    logging.basicConfig(format="ltx-trt: %(message)s", stream=sys.stderr)
+    try:
+        code = app(arguments, prog_name="ltx-trt", standalone_mode=False) or 0
+    except (UserError, OSError) as error:
+        return _complain(str(error), 2)
+    except USAGE_ERROR as error:
+        return _complain(f"{error.format_message()} (ltx-trt --help)", 2)
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        return _complain("interrupted; no output was written", INTERRUPTED)
+    return int(code)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"ltx-trt: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

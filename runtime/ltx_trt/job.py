@@ -1,0 +1,165 @@
+"""One run of the command line: checks first, then frames, then files, then a report."""
+
+import json
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from time import perf_counter
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from ltx_engines.bundle import Bundle, open_bundle
+from ltx_engines.errors import UserError
+from ltx_trt import media, pipeline_config
+from ltx_trt.pipeline import (
+    Decoded,
+    Event,
+    Planned,
+    PromptEncoded,
+    StageOpened,
+    StepDone,
+    generate,
+)
+from ltx_trt.request import Request, Wishes, resolve
+from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    wishes: Wishes
+    bundle: Path
+    output: Path
+    pipeline_config: Path | None = None
+    contact_sheet: Path | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """`sha256` is of the frames' bytes, before any encoding."""
+
+    output: str
+    seed: int
+    frames: int
+    height: int
+    width: int
+    frame_rate: float
+    sampler: str
+    sigmas: tuple[float, ...]
+    seconds: dict[str, float]
+    sha256: str
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    def as_text(self) -> str:
+        return (
+            f"{self.output}: {self.frames} frames of {self.width} x {self.height}, "
+            f"{len(self.sigmas) - 1} steps, seed {self.seed}, {sum(self.seconds.values()):.1f} s"
+        )
+
+
+def execute(job: Job) -> Report:
+    config = None if job.pipeline_config is None else pipeline_config.load(job.pipeline_config)
+    bundle = open_bundle(job.bundle)
+    request, notes = resolve(job.wishes, bundle, config)
+    output = _check_outputs(job, request)
+    console = Console(stderr=True)
+    for note in notes:
+        _say(console, note)
+    events = _follow(request, bundle, job.threads, console)
+    planned = next(event for event in events if isinstance(event, Planned))
+    frames = next(event for event in events if isinstance(event, Decoded)).frames
+    seconds = _seconds(events)
+    started = perf_counter()
+    media.write(output, frames, request.frame_rate)
+    if job.contact_sheet is not None:
+        media.write_image(job.contact_sheet, media.contact_sheet([frames]))
+    seconds["write"] = perf_counter() - started
+    count, height, width, _ = frames.shape
+    return Report(
+        output=str(job.output),
+        seed=request.seed,
+        frames=count,
+        height=height,
+        width=width,
+        frame_rate=request.frame_rate,
+        sampler=request.sampler,
+        sigmas=planned.sigmas,
+        seconds={name: round(value, 4) for name, value in seconds.items()},
+        sha256=sha256(frames.tobytes()).hexdigest(),
+    )
+
+
+def _check_outputs(job: Job, request: Request) -> media.Output:
+    """Before any work: an hour of it should not end with a name that cannot be written."""
+    size = {"count": request.num_frames, "height": request.height, "width": request.width}
+    if (sheet := job.contact_sheet) is not None:
+        if sheet.suffix.lower() != ".png":
+            raise UserError(f"the contact sheet is a .png, not {sheet}")
+        if sheet.absolute() == job.output.absolute():
+            raise UserError(f"{sheet} is the output already; name the contact sheet otherwise")
+        media.check(sheet, count=1, height=request.height, width=request.width)
+    return media.check(job.output, **size)
+
+
+def _follow(request: Request, bundle: Bundle, threads: int | None, console: Console) -> list[Event]:
+    """All events, shown while they come."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    heard: list[Event] = []
+    opener = partial(OnnxRuntimeSession.open, bundle, threads=threads)
+    with (
+        Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        ) as progress,
+        closing(generate(request, bundle, opener)) as events,
+    ):
+        task = progress.add_task("text_encoder", total=None)
+        for event in events:
+            heard.append(event)
+            _show(progress, task, event)
+    return heard
+
+
+def _show(progress: Progress, task: TaskID, event: Event) -> None:
+    if isinstance(event, Planned):
+        progress.update(task, total=len(event.batches))
+    elif isinstance(event, StageOpened):
+        progress.update(task, description=event.stage)
+    elif isinstance(event, StepDone):
+        progress.update(task, completed=event.index)
+    if isinstance(event, Planned | PromptEncoded):
+        for note in event.notes:
+            _say(progress.console, note)
+
+
+def _say(console: Console, note: str) -> None:
+    console.print(f"ltx-trt: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _seconds(events: list[Event]) -> dict[str, float]:
+    """By stage, what it took to open (`..._open`) and to run."""
+    seconds: dict[str, float] = {}
+    stage = ""
+    for event in events:
+        if isinstance(event, StageOpened):
+            stage = event.stage
+            seconds[f"{stage}_open"] = event.seconds
+        elif isinstance(event, PromptEncoded | StepDone | Decoded):
+            seconds[stage] = seconds.get(stage, 0.0) + event.seconds
+    return seconds

@@ -1,0 +1,64 @@
+"""What is in a bundle, as tables for people."""
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from ltx_engines.bundle import Bundle, StageEntry, TensorEntry
+
+MIB = 2**20
+
+
+def show(bundle: Bundle, console: Console) -> None:
+    manifest = bundle.manifest
+    console.print(
+        f"{manifest.name} ({manifest.family} {manifest.model_version}, {manifest.precision})",
+        markup=False,
+        highlight=False,
+    )
+    console.print(_stages(bundle))
+    console.print(_pairs("files", _files(bundle)))
+    for title, rows in (
+        ("model", manifest.model),
+        ("scheduler", manifest.scheduler),
+        ("defaults", manifest.defaults),
+    ):
+        console.print(_pairs(title, ((key, str(value)) for key, value in rows)))
+    console.print(_pairs("toolchain", iter(manifest.toolchain.items())))
+
+
+def _stages(bundle: Bundle) -> Table:
+    table = Table(title="stages", title_justify="left")
+    for column in ("stage", "graph", "inputs", "outputs"):
+        table.add_column(column, overflow="fold")
+    for name, stage in bundle.manifest.stages.items():
+        table.add_row(name, _graph(bundle, stage), _tensors(stage.inputs), _tensors(stage.outputs))
+    return table
+
+
+def _graph(bundle: Bundle, stage: StageEntry) -> str:
+    files = bundle.manifest.files
+    return "\n".join(
+        (f"{stage.file} ({_mib(files[stage.file].bytes)})", *(f"  {w}" for w in stage.weights))
+    )
+
+
+def _tensors(tensors: tuple[TensorEntry, ...]) -> str:
+    return "\n".join(f"{t.name} {t.dtype} ({', '.join(map(str, t.axes))})" for t in tensors)
+
+
+def _files(bundle: Bundle) -> Iterator[tuple[str, str]]:
+    for name, entry in bundle.manifest.files.items():
+        yield name, f"{_mib(entry.bytes)}, sha256 {entry.sha256[:12]}"
+
+
+def _pairs(title: str, rows: Iterator[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for key, value in rows:
+        table.add_row(key, value)
+    return table
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:.2f} MiB"

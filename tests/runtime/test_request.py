@@ -1,0 +1,107 @@
+"""Who decides: the command line before the config before the bundle."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ltx_engines.bundle import Bundle
+from ltx_engines.errors import UserError
+from ltx_trt.pipeline_config import PipelineConfig
+from ltx_trt.request import Request, Wishes, resolve
+from tests.runtime.conftest import manifest
+
+
+def here(**defaults: Any) -> Bundle:
+    plain = manifest()
+    changed = plain.defaults.model_copy(update=defaults)
+    return Bundle(Path("bundle"), plain.model_copy(update={"defaults": changed}))
+
+
+def request(
+    config: PipelineConfig | None = None, bundle: Bundle | None = None, **wishes: Any
+) -> Request:
+    return resolve(Wishes("w3", **wishes), bundle or here(), config)[0]
+
+
+def test_the_bundle_decides_what_nobody_else_does() -> None:
+    found = request()
+    assert (found.width, found.height, found.num_frames) == (64, 32, 9)
+    assert found.steps.num_inference_steps == 4
+    assert found.guidance.skip_block_list == (1,)
+    assert found.seed == 171198
+    assert found.sampler == "euler"
+
+
+def test_the_config_goes_before_the_bundle_and_the_command_line_before_both() -> None:
+    config = PipelineConfig(guidance_scale=[5.0, 1.0], num_inference_steps=7, stg_scale=0.0)
+    found = request(config)
+    assert found.guidance.guidance_scale == (5.0, 1.0)
+    assert found.steps.num_inference_steps == 7
+    assert found.guidance.rescaling_scale == 0.7
+    found = request(config, guidance_scale=2.5, num_inference_steps=3, width=96)
+    assert found.guidance.guidance_scale == 2.5
+    assert found.steps.num_inference_steps == 3
+    assert found.guidance.stg_scale == 0.0
+    assert found.width == 96
+
+
+def test_a_number_of_steps_replaces_a_list_of_them_and_the_reverse() -> None:
+    distilled = here(timesteps=(1.0, 0.5), skip_final_inference_steps=0)
+    assert request(bundle=distilled).steps.timesteps == (1.0, 0.5)
+    assert request(bundle=distilled, num_inference_steps=6).steps.timesteps is None
+    assert request(PipelineConfig(num_inference_steps=6), distilled).steps.timesteps is None
+    listed = request(PipelineConfig(timesteps=[1.0, 0.9]), here(skip_final_inference_steps=1))
+    assert listed.steps.timesteps == (1.0, 0.9)
+    assert listed.steps.skip_final == 0
+
+
+def test_a_config_that_samples_stochastically_chooses_that_sampler() -> None:
+    assert request(PipelineConfig(stochastic_sampling=True)).sampler == "stochastic"
+    assert request(bundle=here(stochastic_sampling=True)).sampler == "stochastic"
+    plain = PipelineConfig(stochastic_sampling=False)
+    assert request(plain, here(stochastic_sampling=True)).sampler == "euler"
+    assert request(PipelineConfig(stochastic_sampling=True), sampler="ddim").sampler == "ddim"
+
+
+def test_a_forced_schedule_comes_through() -> None:
+    assert request(PipelineConfig(sampler="uniform")).steps.source == "uniform"
+
+
+def test_a_decode_timestep_alone_is_the_noise_scale_too() -> None:
+    found = request(PipelineConfig(decode_timestep=0.2))
+    assert (found.decode_timestep, found.decode_noise_scale) == (0.2, 0.2)
+    found = request(PipelineConfig(decode_timestep=0.2, decode_noise_scale=0.1))
+    assert (found.decode_timestep, found.decode_noise_scale) == (0.2, 0.1)
+
+
+def test_the_residual_mode_perturbs_nothing_and_says_so() -> None:
+    found, notes = resolve(Wishes("w3"), here(), PipelineConfig(stg_mode="residual"))
+    assert found.guidance.skip_block_list is None
+    assert any("no effect" in note for note in notes)
+
+
+def test_another_stg_mode_than_the_bundles_is_refused() -> None:
+    with pytest.raises(UserError, match="--stg-mode transformer_block"):
+        request(PipelineConfig(stg_mode="stg_t"))
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ({"frame_rate": 0.0}, "frame rate"),
+        ({"frame_rate": float("nan")}, "frame rate"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"sampler": "dpmpp"}, r"unknown sampler 'dpmpp'.*dpmpp-2m"),
+        ({"eta": 1.5}, "eta"),
+    ],
+)
+def test_wishes_that_cannot_be_met_are_refused(wish: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        request(**wish)
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(UserError, match="empty"):
+        resolve(Wishes("  "), here())
