@@ -1,4 +1,4 @@
-"""Three prompts to three videos and one picture of them all: `make demo` runs this without torch."""
+"""Three prompts become three videos and one picture: `make demo` runs this without torch."""
 
 import argparse
 import importlib.util

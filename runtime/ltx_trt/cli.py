@@ -1,22 +1,17 @@
 """ltx-trt: run a bundle, or look at one."""
 
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated
 
 import typer
 
+from ltx_engines.command import invoke
 from ltx_engines.errors import UserError
 from ltx_trt import SEED
 
 SHIPPED = Path(__file__).parent / "ltx_tiny"
-
-INTERRUPTED = 130
-
-USAGE_ERROR = cast(Any, typer.BadParameter.__mro__[1])
-"""click's UsageError. typer has carried a click of its own since 0.2x, and does not export it."""
 
 
 def _with_dashes(word: str) -> str:
@@ -105,7 +100,7 @@ def run(  # noqa: PLR0913 - options of a command
 
 @app.command()
 def info(
-    bundle: Annotated[Path, typer.Argument(help="The exported model.")],
+    bundle: Annotated[Path, typer.Argument(help="The exported model.")] = SHIPPED,
     json: Json = False,
 ) -> None:
     """Show a bundle's stages, tensors, files and defaults."""
@@ -124,23 +119,7 @@ def info(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
-    logging.basicConfig(format="ltx-trt: %(message)s", stream=sys.stderr)
-    try:
-        code = app(arguments, prog_name="ltx-trt", standalone_mode=False) or 0
-    except (UserError, OSError) as error:
-        return _complain(str(error), 2)
-    except USAGE_ERROR as error:
-        return _complain(f"{error.format_message()} (ltx-trt --help)", 2)
-    except (typer.Abort, KeyboardInterrupt):
-        code = INTERRUPTED
-    if code == INTERRUPTED:
-        return _complain("interrupted; no output was written", INTERRUPTED)
-    return int(code)
-
-
-def _complain(message: str, code: int) -> int:
-    print(f"ltx-trt: {' '.join(message.split())}", file=sys.stderr)
-    return code
+    return invoke(app, "ltx-trt", arguments)
 
 
 if __name__ == "__main__":

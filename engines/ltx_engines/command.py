@@ -1,0 +1,56 @@
+"""How a command ends: what the user can mend is one line on stderr and exit code 2."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from ltx_engines.errors import UserError
+
+if TYPE_CHECKING:
+    import typer
+
+INTERRUPTED = 130
+"""As a shell reports a process that Ctrl-C ended."""
+
+
+def invoke(
+    app: "typer.Typer",
+    name: str,
+    arguments: Sequence[str] | None,
+    *,
+    mendable: tuple[type[Exception], ...] = (),
+) -> int:
+    """Run the command line and return its exit code: 0, 2 for what the user can mend, 130.
+
+    `mendable` errors are treated as UserError is. Everything else is a bug and keeps its traceback.
+    """
+    import typer
+
+    # click's UsageError; typer has carried a click of its own since 0.2x, and does not export it.
+    usage_error = cast(Any, typer.BadParameter.__mro__[1])
+    errors: tuple[type[Exception], ...] = (UserError, OSError, *mendable)
+    logging.basicConfig(format=f"{name}: %(message)s", stream=sys.stderr)
+    try:
+        code = app(arguments, prog_name=name, standalone_mode=False) or 0
+    except errors as error:
+        return _complain(name, _said(error), 2)
+    except usage_error as error:
+        return _complain(name, f"{error.format_message()} ({name} --help)", 2)
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        return _complain(name, "interrupted; no output was written", INTERRUPTED)
+    return int(code)
+
+
+def _said(error: Exception) -> str:
+    """An OSError's own text begins with its number."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _complain(name: str, message: str, code: int) -> int:
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,53 @@
+"""One line and an exit code, whatever went wrong."""
+
+import pytest
+import typer
+
+from ltx_engines.command import invoke
+from ltx_engines.errors import UserError
+
+
+def app(error: BaseException | None) -> typer.Typer:
+    commands = typer.Typer(pretty_exceptions_enable=False)
+
+    @commands.command()
+    def work(count: int = 1) -> None:
+        if error is not None:
+            raise error
+        print(count)
+
+    return commands
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("the thing\nis broken"), 2, "tool: the thing is broken\n"),
+        (FileNotFoundError(2, "No such file", "x.onnx"), 2, "tool: x.onnx: No such file\n"),
+        (KeyError("own"), 2, "tool: 'own'\n"),
+        (KeyboardInterrupt(), 130, "tool: interrupted; no output was written\n"),
+    ],
+)
+def test_what_can_be_mended_is_one_line(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
+) -> None:
+    assert invoke(app(error), "tool", [], mendable=(KeyError,)) == code
+    assert capsys.readouterr() == ("", said)
+
+
+def test_wrong_words_are_one_line_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(app(None), "tool", ["--count", "many"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "--count" in said
+    assert "tool --help" in said
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        invoke(app(ZeroDivisionError()), "tool", [])
+
+
+def test_success_is_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(app(None), "tool", ["--count", "3"]) == 0
+    assert capsys.readouterr() == ("3\n", "")
