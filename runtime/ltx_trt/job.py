@@ -18,9 +18,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ltx_engines import pipeline_config
 from ltx_engines.bundle import Bundle, open_bundle
 from ltx_engines.errors import UserError
-from ltx_trt import media, pipeline_config
+from ltx_trt import media
 from ltx_trt.pipeline import (
     Decoded,
     Event,

@@ -5,9 +5,9 @@ from typing import TypeVar
 
 from ltx_engines.bundle import Bundle, Defaults
 from ltx_engines.errors import UserError
-from ltx_trt import SEED, pipeline_config
+from ltx_engines.pipeline_config import PipelineConfig, resolve_stg_mode
+from ltx_trt import SEED
 from ltx_trt.guidance import Blocks, Guidance, PerStep
-from ltx_trt.pipeline_config import PipelineConfig
 from ltx_trt.sampler import SAMPLERS
 from ltx_trt.schedule import Steps
 
@@ -95,7 +95,7 @@ def resolve(
     )
     if config is not None:
         steps, guidance = _with_steps(steps, config), _with_guidance(guidance, config)
-        request = _with_decode(request, config)
+        request = _with_size(_with_decode(request, config), wishes, config)
         if config.stochastic_sampling is not None:
             sampler = "stochastic" if config.stochastic_sampling else "euler"
         guidance, more = _with_mode(guidance, config, bundle)
@@ -173,15 +173,34 @@ def _with_decode(request: Request, config: PipelineConfig) -> Request:
     )
 
 
+def _with_size(request: Request, wishes: Wishes, config: PipelineConfig) -> Request:
+    """The config's size, rate and negative prompt, where the command line says nothing."""
+    words = ("width", "height", "num_frames", "frame_rate", "negative_prompt")
+    told = {
+        word: getattr(config, word)
+        for word in words
+        if getattr(wishes, word) is None and getattr(config, word) is not None
+    }
+    return replace(request, **told)
+
+
 def _with_mode(
     guidance: Guidance, config: PipelineConfig, bundle: Bundle
 ) -> tuple[Guidance, tuple[str, ...]]:
-    if config.stg_mode is None or pipeline_config.resolve_stg_mode(
-        config.stg_mode, bundle.manifest.model.stg_mode
-    ):
+    """The mode is part of the exported graph, so any other than the bundle's own is refused."""
+    if config.stg_mode is None:
         return guidance, ()
-    note = f"stg_mode {config.stg_mode} has no effect in LTX-Video; nothing is perturbed"
-    return replace(guidance, skip_block_list=None), (note,)
+    baked = bundle.manifest.model.stg_mode
+    mode = resolve_stg_mode(config.stg_mode)
+    if mode is None:
+        note = f"stg_mode {config.stg_mode} has no effect in LTX-Video; nothing is perturbed"
+        return replace(guidance, skip_block_list=None), (note,)
+    if mode != baked:
+        raise UserError(
+            f"stg_mode is {mode}, but this bundle was exported with {baked}; export one with "
+            f"`ltx-export onnx --stg-mode {mode}`"
+        )
+    return guidance, ()
 
 
 def _frozen(wish: float | list[float] | None, other: PerStep) -> PerStep:

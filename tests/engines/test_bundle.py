@@ -101,11 +101,11 @@ def test_only_the_stages_own_precision_becomes_concrete(
             )
 
 
-class Interrupted(Exception):
+class SuddenError(Exception):
     pass
 
 
-@pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt, SystemExit, UserError])
+@pytest.mark.parametrize("error", [SuddenError, KeyboardInterrupt, SystemExit, UserError])
 def test_nothing_remains_of_a_failure(
     tmp_path: Path, error: type[BaseException], fill: Fill
 ) -> None:

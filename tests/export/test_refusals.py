@@ -158,9 +158,9 @@ def test_a_text_encoder_without_tokenizer(
         ("guidence_scale: 3", "unknown key 'guidence_scale'; did you mean 'guidance_scale'?"),
         ("skip_block_list: [19]", "names block 19, this model has 0 to 1"),
         ("guidance_scale: much", "guidance_scale should"),
-        ("pipeline_type: multi-scale", "a bundle runs the base pipeline"),
+        ("pipeline_type: multi-scale", "need a latent_upsampler stage"),
         ("stg_mode: residual", "changes nothing in these models"),
-        ("stg_mode: values", "stg_mode is 'values', wanted one of attention_values"),
+        ("stg_mode: values", "unknown stg_mode 'values'"),
         ("a: [", "is not YAML"),
     ],
 )

@@ -106,7 +106,7 @@ def test_a_pipeline_config_decides_and_its_notes_go_to_stderr(
     assert found["sampler"] == "stochastic"
     assert len(found["sigmas"]) == 3
     assert found["width"] == 50
-    assert "precision were decided when the bundle was exported" in captured.err
+    assert "without effect in the config: precision" in captured.err
     assert "cut out of 9 of 32 x 64" in captured.err
 
 

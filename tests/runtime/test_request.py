@@ -7,7 +7,7 @@ import pytest
 
 from ltx_engines.bundle import Bundle
 from ltx_engines.errors import UserError
-from ltx_trt.pipeline_config import PipelineConfig
+from ltx_engines.pipeline_config import PipelineConfig
 from ltx_trt.request import Request, Wishes, resolve
 from tests.runtime.conftest import manifest
 
@@ -105,3 +105,18 @@ def test_wishes_that_cannot_be_met_are_refused(wish: dict[str, Any], words: str)
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(UserError, match="empty"):
         resolve(Wishes("  "), here())
+
+
+def test_a_config_may_hold_the_size_and_the_rate_too() -> None:
+    config = PipelineConfig(width=128, num_frames=17, frame_rate=24.0, negative_prompt="dull")
+    found = request(config, width=96)
+    assert (found.width, found.height, found.num_frames) == (96, 32, 17)
+    assert found.frame_rate == 24.0
+    assert found.negative_prompt == "dull"
+
+
+def test_a_mode_that_the_bundle_was_not_exported_with_is_refused() -> None:
+    with pytest.raises(UserError, match="ltx-export onnx --stg-mode attention_skip"):
+        request(PipelineConfig(stg_mode="stg_as"))
+    assert request(PipelineConfig(stg_mode="stg_av")).guidance.skip_block_list == (1,)
+    assert request(PipelineConfig(stg_mode="stg_r")).guidance.skip_block_list is None

@@ -1,7 +1,8 @@
 """The original's configs/ltxv-*.yaml, read as they are.
 
-What such a file decides about a run is taken over. What was decided when the bundle was exported
-(checkpoint, precision, text encoder) is accepted and named in a note, since it changes nothing.
+The exporter makes a bundle's defaults of one, the runtime a run. Files, element types and the
+rewriting of prompts are decided elsewhere here: those keys are accepted and named in a note, since
+they change nothing. Five options of the original's command line may stand in a file, too.
 """
 
 from pathlib import Path
@@ -11,10 +12,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ltx_engines import strict
-from ltx_engines.bundle import StgMode
+from ltx_engines.bundle import SchedulerFacts, StgMode
 from ltx_engines.errors import UserError, nearest
 
-DECIDED_AT_EXPORT = (
+DECIDED_ELSEWHERE = (
     "checkpoint_path",
     "precision",
     "text_encoder_model_name_or_path",
@@ -33,7 +34,13 @@ STG_MODES: dict[str, StgMode | Literal["residual"]] = {
     "stg_t": "transformer_block",
 }
 
-Steps = Annotated[int, Field(ge=1)]
+SCHEDULES: dict[str, SchedulerFacts | None] = {
+    "from_checkpoint": None,
+    "uniform": SchedulerFacts(sampler="Uniform"),
+    "linear-quadratic": SchedulerFacts(sampler="LinearQuadratic"),
+}
+
+Positive = Annotated[int, Field(ge=1)]
 Skipped = Annotated[int, Field(ge=0)]
 PerStep = float | list[float]
 
@@ -44,7 +51,7 @@ class PipelineConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     pipeline_type: Literal["base", "multi-scale"] = "base"
-    num_inference_steps: Steps | None = None
+    num_inference_steps: Positive | None = None
     timesteps: list[float] | None = None
     skip_initial_inference_steps: Skipped | None = None
     skip_final_inference_steps: Skipped | None = None
@@ -59,6 +66,12 @@ class PipelineConfig(BaseModel):
     stg_mode: str | None = None
     decode_timestep: float | None = None
     decode_noise_scale: float | None = None
+    width: Positive | None = None
+    height: Positive | None = None
+    num_frames: Positive | None = None
+    frame_rate: float | None = None
+    negative_prompt: str | None = None
+    text_encoder_max_tokens: Annotated[int, Field(ge=2)] | None = None
     checkpoint_path: str | None = None
     precision: str | None = None
     text_encoder_model_name_or_path: str | None = None
@@ -71,8 +84,8 @@ class PipelineConfig(BaseModel):
     def notes(self) -> tuple[str, ...]:
         """What of this file has no effect, in words for the user."""
         parts = []
-        if fixed := [key for key in DECIDED_AT_EXPORT if getattr(self, key) is not None]:
-            parts.append(f"{', '.join(fixed)} were decided when the bundle was exported")
+        if fixed := [key for key in DECIDED_ELSEWHERE if getattr(self, key) is not None]:
+            parts.append(f"{', '.join(fixed)} (a bundle's own files and types count)")
         if self.prompt_enhancement_words_threshold:
             parts.append("prompts are not enhanced by a language model")
         return (f"without effect in the config: {'; '.join(parts)}",) if parts else ()
@@ -100,28 +113,20 @@ def load(path: Path) -> PipelineConfig:
     return config
 
 
-def resolve_stg_mode(wished: str, baked: StgMode) -> bool:
-    """Whether perturbing has an effect: the mode `residual` never had one.
-
-    The mode is part of the exported graph, so any other than the bundle's own is refused.
-    """
-    if (mode := STG_MODES.get(wished.lower())) is None:
+def resolve_stg_mode(word: str) -> StgMode | None:
+    """The mode of that name; None for `residual`, which never had an effect in these models."""
+    if (mode := STG_MODES.get(word.lower())) is None:
         raise UserError(
-            f"unknown stg_mode {wished!r}{nearest(wished.lower(), STG_MODES)}; "
+            f"unknown stg_mode {word!r}{nearest(word.lower(), STG_MODES)}; "
             f"known are {', '.join(STG_MODES)}"
         )
-    if mode not in ("residual", baked):
-        raise UserError(
-            f"stg_mode is {mode}, but this bundle was exported with {baked}; export one with "
-            f"`ltx-export onnx --stg-mode {mode}`"
-        )
-    return mode != "residual"
+    return None if mode == "residual" else mode
 
 
 def _check_one_pass(path: Path, data: dict[str, Any]) -> None:
     passes = [key for key in ("first_pass", "second_pass") if key in data]
     if data.get("pipeline_type") == "multi-scale" or passes:
         raise UserError(
-            f"{path}: multi-scale pipelines need a latent_upsampler stage; this bundle has none; "
-            "use a config with pipeline_type: base"
+            f"{path}: multi-scale pipelines need a latent_upsampler stage, which bundles do "
+            "not have yet; use a config with pipeline_type: base"
         )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ltx_engines.errors import UserError
-from ltx_trt.pipeline_config import load, resolve_stg_mode
+from ltx_engines.pipeline_config import load, resolve_stg_mode
 
 BASE = """\
 pipeline_type: base
@@ -90,24 +90,26 @@ def test_a_missing_config_is_named(tmp_path: Path) -> None:
         load(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("name", ["attention_values", "stg_av", "STG_AV"])
-def test_the_baked_mode_is_accepted_under_all_its_names(name: str) -> None:
-    assert resolve_stg_mode(name, "attention_values")
-
-
 @pytest.mark.parametrize(
-    ("name", "mode"), [("stg_as", "attention_skip"), ("transformer_block", "transformer_block")]
+    ("name", "mode"),
+    [
+        ("attention_values", "attention_values"),
+        ("STG_AV", "attention_values"),
+        ("stg_as", "attention_skip"),
+        ("transformer_block", "transformer_block"),
+        ("residual", None),
+        ("stg_r", None),
+    ],
 )
-def test_another_mode_tells_how_to_export_it(name: str, mode: str) -> None:
-    with pytest.raises(UserError, match=f"ltx-export onnx --stg-mode {mode}"):
-        resolve_stg_mode(name, "attention_values")
-
-
-@pytest.mark.parametrize("name", ["residual", "stg_r"])
-def test_the_residual_mode_never_had_an_effect(name: str) -> None:
-    assert not resolve_stg_mode(name, "attention_values")
+def test_a_mode_has_several_names_and_residual_has_no_effect(name: str, mode: str | None) -> None:
+    assert resolve_stg_mode(name) == mode
 
 
 def test_an_unknown_mode_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'attention_skip'"):
-        resolve_stg_mode("attention_skp", "attention_values")
+        resolve_stg_mode("attention_skp")
+
+
+def test_the_originals_command_line_options_may_stand_in_the_file(tmp_path: Path) -> None:
+    config = load(write(tmp_path, BASE + "width: 128\nheight: 96\nframe_rate: 24\n"))
+    assert (config.width, config.height, config.frame_rate) == (128, 96, 24)
