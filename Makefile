@@ -17,9 +17,11 @@ lint: $(DEV)/.ready
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
 
-# The bundle that is shipped inside the package, made again from its checkpoint.
+# The graphs and the manifest that are shipped beside ltx-tiny's checkpoint, made anew.
 bundle: $(DEV)/.ready
-	$(DEV)/bin/python tools/make_tiny_bundle.py
+	rm -f build/ltx-tiny/manifest.json
+	$(MAKE) build/ltx-tiny/manifest.json
+	cp build/ltx-tiny/*.onnx build/ltx-tiny/manifest.json $(TINY)/
 
 # The runtime: no torch in it.
 $(RUNTIME)/.ready: pyproject.toml

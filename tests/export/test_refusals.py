@@ -155,7 +155,7 @@ def test_a_text_encoder_without_tokenizer(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("guidence_scale: 3", "unknown key 'guidence_scale'; did you mean 'guidance_scale'?"),
+        ("guidence_scale: 3", "unknown key guidence_scale; did you mean 'guidance_scale'?"),
         ("skip_block_list: [19]", "names block 19, this model has 0 to 1"),
         ("guidance_scale: much", "guidance_scale should"),
         ("pipeline_type: multi-scale", "need a latent_upsampler stage"),
