@@ -22,6 +22,7 @@ bundle: $(DEV)/.ready
 	rm -f build/ltx-tiny/manifest.json
 	$(MAKE) build/ltx-tiny/manifest.json
 	cp build/ltx-tiny/*.onnx build/ltx-tiny/manifest.json $(TINY)/
+	cp build/ltx-tiny/text_encoder/*.json $(TINY)/text_encoder/
 
 # The runtime: no torch in it.
 $(RUNTIME)/.ready: pyproject.toml
