@@ -79,6 +79,8 @@ def read_header(path: Path) -> Header:
     if not isinstance(table, dict):
         raise CheckpointError(f"{path}: its header is not a JSON object; download it again")
     metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path}: its __metadata__ is not a JSON object; download it again")
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in table.items()}
     wanted = max((info.end for info in tensors.values()), default=8 + length)
     if size < wanted:

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,13 @@ ELSEWHERE = {
     "make test": (".ci/run", "make test"),
     "pip install '.[onnxruntime]'": ("tests/test_install.py", "[onnxruntime]"),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clean() -> None:
+    """As on a fresh clone; the demo's bundle may stay, it is made anew when it is too old."""
+    for folder in ("demo", "build/mine"):
+        shutil.rmtree(ROOT / folder, ignore_errors=True)
 
 
 def test_the_readme_shows_commands() -> None:

@@ -336,7 +336,7 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
         if not listed:
             raise UserError(f"{target} is neither empty nor a bundle; choose another folder")
         if not overwrite:
-            raise UserError(f"{target} holds a bundle; choose another folder or overwrite it")
+            raise UserError(f"{target} holds a bundle; choose another folder or pass --overwrite")
         here = (p.relative_to(target).as_posix() for p in target.rglob("*") if not p.is_dir())
         if foreign := sorted(set(here) - listed):
             raise UserError(

@@ -33,6 +33,8 @@ def invoke(
     logging.basicConfig(format=f"{name}: %(message)s", stream=sys.stderr)
     try:
         code = app(arguments, prog_name=name, standalone_mode=False) or 0
+    except MemoryError as error:
+        return _complain(name, f"out of memory; ask for less at once ({error})", 2)
     except errors as error:
         return _complain(name, _said(error), 2)
     except usage_error as error:
@@ -40,7 +42,7 @@ def invoke(
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        return _complain(name, "interrupted; no output was written", INTERRUPTED)
+        return _complain(name, "interrupted; nothing is half-written", INTERRUPTED)
     return int(code)
 
 

@@ -30,7 +30,8 @@ app = typer.Typer(
 )
 
 
-Pixels = Annotated[int | None, typer.Option(min=1, help="Pixels.")]
+Pixels = Annotated[int | None, typer.Option(help="Pixels; multiples of 32 need no crop.")]
+Frames = Annotated[int | None, typer.Option(help="8k + 1 need no cut.")]
 Count = Annotated[int | None, typer.Option(min=1)]
 Scale = Annotated[float | None, typer.Option(help="1 is none.")]
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout, nothing else.")]
@@ -55,7 +56,7 @@ def run(  # noqa: PLR0913 - options of a command
     negative_prompt: Annotated[str | None, typer.Option(help="What it does not show.")] = None,
     width: Pixels = None,
     height: Pixels = None,
-    num_frames: Count = None,
+    num_frames: Frames = None,
     frame_rate: Annotated[float | None, typer.Option(help="Frames a second.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = SEED,
     num_inference_steps: Count = None,

@@ -10,6 +10,7 @@ first of these that is not above the noise level counts (else the last).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 import numpy as np
@@ -33,6 +34,19 @@ class Guidance:
     skip_block_list: Blocks | tuple[Blocks, ...] | None = None
     guidance_timesteps: tuple[float, ...] | None = None
     cfg_star_rescale: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("guidance_scale", "stg_scale", "rescaling_scale"):
+            scales = getattr(self, name)
+            for scale in scales if isinstance(scales, tuple) else (scales,):
+                if not 0 <= scale < inf:
+                    raise UserError(f"{name} must be a number from 0, not {scale:g}")
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether any step has spatio-temporal guidance."""
+        scales = self.stg_scale if isinstance(self.stg_scale, tuple) else (self.stg_scale,)
+        return any(scale > 0 for scale in scales)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,9 @@ from ltx_trt.schedule import Steps
 
 T = TypeVar("T")
 
+LARGEST = 32768
+"""Pixels or frames. Far beyond any model, and small enough to count tokens with."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -35,13 +38,18 @@ class Request:
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
-            raise UserError("the prompt is empty")
-        if not 0 < self.frame_rate < 1000:
-            raise UserError(f"frame rate must be above 0 and below 1000, not {self.frame_rate:g}")
+            raise UserError("the prompt is empty; say what the clip shows: --prompt TEXT")
+        for name in ("width", "height", "num_frames"):
+            if not 1 <= (size := getattr(self, name)) <= LARGEST:
+                raise UserError(f"{name} must be from 1 to {LARGEST}, not {size}")
+        if not 1 <= self.frame_rate <= 240:
+            raise UserError(f"frame rate must be from 1 to 240, not {self.frame_rate:g}")
         if not 0 <= self.seed < 1 << 64:
             raise UserError(f"seed must be from 0 to 2^64 - 1, not {self.seed}")
         if self.sampler not in SAMPLERS:
             raise UserError(f"unknown sampler {self.sampler!r}, known are {', '.join(SAMPLERS)}")
+        if self.eta and self.sampler != "ddim":
+            raise UserError(f"eta is of the sampler ddim; {self.sampler} has no use for it")
         if not 0 <= self.eta <= 1:
             raise UserError(f"eta must be from 0 to 1, not {self.eta:g}")
         for name, share in (
@@ -90,7 +98,6 @@ def resolve(
         seed=wishes.seed,
         decode_timestep=defaults.decode_timestep,
         decode_noise_scale=defaults.decode_noise_scale,
-        eta=wishes.eta,
         strict_shape=wishes.strict_shape,
     )
     if config is not None:
@@ -99,7 +106,7 @@ def resolve(
         if config.stochastic_sampling is not None:
             sampler = "stochastic" if config.stochastic_sampling else "euler"
         guidance, more = _with_mode(guidance, config, bundle)
-        notes += more
+        notes += (*more, *_fixed_length(config, bundle))
     if wishes.num_inference_steps is not None:
         steps = replace(steps, num_inference_steps=wishes.num_inference_steps, timesteps=None)
     guidance = replace(
@@ -109,7 +116,25 @@ def resolve(
         rescaling_scale=_first(wishes.rescaling_scale, guidance.rescaling_scale),
     )
     sampler = _first(wishes.sampler, sampler)
-    return replace(request, steps=steps, guidance=guidance, sampler=sampler), notes
+    notes += _without_effect(wishes, guidance)
+    return replace(request, steps=steps, guidance=guidance, sampler=sampler, eta=wishes.eta), notes
+
+
+def _fixed_length(config: PipelineConfig, bundle: Bundle) -> tuple[str, ...]:
+    baked = bundle.manifest.tokenizer.max_length
+    if config.text_encoder_max_tokens in (None, baked):
+        return ()
+    return (f"text_encoder_max_tokens has no effect: this bundle was exported with {baked}",)
+
+
+def _without_effect(wishes: Wishes, guidance: Guidance) -> tuple[str, ...]:
+    """Options that were given and do nothing beside the others."""
+    notes = []
+    if wishes.stg_scale and not guidance.skip_block_list:
+        notes.append("--stg-scale has no effect: no block is named to be perturbed")
+    if wishes.rescaling_scale is not None and not guidance.perturbs:
+        notes.append("--rescaling-scale has no effect without --stg-scale")
+    return tuple(notes)
 
 
 def _first(wish: T | None, other: T) -> T:

@@ -151,7 +151,7 @@ def target_refusal(target: Path, *, overwrite: bool = False) -> str:
 
 
 def test_a_bundle_is_replaced_only_on_demand(folder: Path, cache: Path, fill: Fill) -> None:
-    assert "holds a bundle; choose another folder or overwrite it" in target_refusal(folder)
+    assert "holds a bundle; choose another folder or pass --overwrite" in target_refusal(folder)
     with create(folder, overwrite=True) as temporary:
         fill(temporary, "newer")
         assert open_bundle(folder, cache=cache).manifest.name == "tiny", "until the last moment"

@@ -24,8 +24,9 @@ def app(error: BaseException | None) -> typer.Typer:
     [
         (UserError("the thing\nis broken"), 2, "tool: the thing is broken\n"),
         (FileNotFoundError(2, "No such file", "x.onnx"), 2, "tool: x.onnx: No such file\n"),
+        (MemoryError("9 GB"), 2, "tool: out of memory; ask for less at once (9 GB)\n"),
         (KeyError("own"), 2, "tool: 'own'\n"),
-        (KeyboardInterrupt(), 130, "tool: interrupted; no output was written\n"),
+        (KeyboardInterrupt(), 130, "tool: interrupted; nothing is half-written\n"),
     ],
 )
 def test_what_can_be_mended_is_one_line(

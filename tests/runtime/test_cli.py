@@ -115,7 +115,9 @@ def test_a_pipeline_config_decides_and_its_notes_go_to_stderr(
     [
         (("-o", "clip.avi"), "cannot write .avi"),
         (("-o", "nowhere/clip.mp4"), "there is no folder"),
-        (("-o", "o.mp4", "--width", "0"), "--width"),
+        (("-o", "o.mp4", "--width", "0"), "width must be"),
+        (("-o", "o.mp4", "--height", "-64"), "height must be"),
+        (("-o", "o.mp4", "--num-frames", "0"), "frames must be"),
         (("-o", "o.mp4", "--width", "many"), "--width"),
         (("-o", "o.mp4", "--width", "33", "--strict-shape"), "even width"),
         (("-o", "o.mp4", "--width", "50", "--strict-shape"), "multiple of 32"),
@@ -219,7 +221,7 @@ def test_info_as_json_is_the_manifest(folder: Path, capsys: pytest.CaptureFixtur
     assert Manifest.model_validate_json(out).name == "by-hand"
 
 
-@pytest.mark.parametrize("arguments", [(), ("rnu",), ("info",), ("run", "--nope")])
+@pytest.mark.parametrize("arguments", [(), ("rnu",), ("info", "a", "b"), ("run", "--nope")])
 def test_usage_errors_are_one_line_too(
     arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

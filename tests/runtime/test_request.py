@@ -120,3 +120,29 @@ def test_a_mode_that_the_bundle_was_not_exported_with_is_refused() -> None:
         request(PipelineConfig(stg_mode="stg_as"))
     assert request(PipelineConfig(stg_mode="stg_av")).guidance.skip_block_list == (1,)
     assert request(PipelineConfig(stg_mode="stg_r")).guidance.skip_block_list is None
+
+
+@pytest.mark.parametrize(
+    ("wishes", "said"),
+    [
+        ({"eta": 0.5}, "eta is of the sampler ddim; euler"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a number from 0, not nan"),
+        ({"stg_scale": -3.0}, "stg_scale must be a number from 0, not -3"),
+        ({"rescaling_scale": float("inf")}, "rescaling_scale must be"),
+        ({"frame_rate": 0.001}, "frame rate must be from 1 to 240"),
+        ({"width": -5}, "width must be from 1 to 32768, not -5"),
+        ({"num_frames": 10**20}, "num_frames must be from 1"),
+    ],
+)
+def test_a_number_without_sense_is_refused(wishes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        request(**wishes)
+
+
+def test_what_does_nothing_beside_the_rest_is_said() -> None:
+    wishes = Wishes("w3", stg_scale=0.0, rescaling_scale=0.5)
+    assert resolve(wishes, here())[1] == ("--rescaling-scale has no effect without --stg-scale",)
+    bare = here(skip_block_list=None)
+    assert "no block is named" in resolve(Wishes("w3", stg_scale=1.0), bare)[1][0]
+    config = PipelineConfig(text_encoder_max_tokens=7)
+    assert "text_encoder_max_tokens has no effect" in resolve(Wishes("w3"), here(), config)[1][0]
