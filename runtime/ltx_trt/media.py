@@ -53,6 +53,10 @@ def check(path: Path, *, count: int, height: int, width: int) -> Output:
         )
     if kind == "folder":
         _check_folder(path)
+    elif kind == "pattern":
+        for index in range(count):
+            if (taken := path.with_name(path.name % index)).is_dir():
+                raise UserError(f"{taken} is a folder; choose another pattern")
     elif path.is_dir():
         raise UserError(f"{path} is a folder; choose another name")
     _check_writable(path)

@@ -165,3 +165,10 @@ def test_a_contact_sheet_shows_first_and_last_of_each_clip() -> None:
     assert np.array_equal(sheet[:4, 12:], long[8])
     assert np.array_equal(sheet[4:, 6:12], short[1])
     assert not sheet[4:, 12:].any()
+
+
+def test_a_folder_in_the_way_of_one_frame_is_said_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "f_0003.png").mkdir()
+    with pytest.raises(UserError, match=r"f_0003\.png is a folder"):
+        media.check(tmp_path / "f_%04d.png", count=5, height=32, width=32)
+    assert media.check(tmp_path / "f_%04d.png", count=3, height=32, width=32).kind == "pattern"
