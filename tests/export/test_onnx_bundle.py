@@ -93,7 +93,7 @@ def test_a_bundle_gives_way_only_if_told_to(
     arguments = ["onnx", str(copied.checkpoint), "--text-encoder", str(copied.text_encoder)]
     arguments += ["--out", str(copied.bundle.path), "--stages", "text_encoder"]
     assert cli.main(arguments) == 2
-    assert "holds a bundle; choose another folder or overwrite it" in capsys.readouterr().err
+    assert "holds a bundle; choose another folder or pass --overwrite" in capsys.readouterr().err
     assert cli.main([*arguments, "--overwrite"]) == 0
     assert open_bundle(copied.bundle.path, cache=copied.bundle.path.parent).manifest.name == "small"
 
