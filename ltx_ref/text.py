@@ -4,21 +4,23 @@ The folder is laid out as on Hugging Face: `config.json` and safetensors, whole 
 the tokenizer beside them. Nothing is downloaded and nothing pickled is opened.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from ltx_ref.checkpoint import CheckpointError, Header, TensorInfo, difference, read_header
 
 if TYPE_CHECKING:
-    from transformers import T5EncoderModel
+    import torch
+    from torch import Tensor
+    from transformers import T5Config, T5EncoderModel
 
 T = TypeVar("T")
 
@@ -33,6 +35,46 @@ SHARED, EMBED = "shared.weight", "encoder.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
+class TextConfig:
+    """What of config.json shows in the encoder; the defaults are T5Config's of transformers."""
+
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "relu"
+
+    def for_transformers(self) -> T5Config:
+        from transformers import T5Config
+
+        config = T5Config(**asdict(self), is_decoder=False, use_cache=False)
+        config._attn_implementation = "eager"
+        return config
+
+
+def read_text_config(home: Path) -> TextConfig:
+    """
+    Raises:
+        CheckpointError: config.json is not that of a T5, or a value is not of its kind.
+    """
+    table = _read_config(home)
+    known: dict[str, Any] = {}
+    for field in fields(TextConfig):
+        default: Any = field.default
+        value, kind = table.get(field.name, default), type(default)
+        if type(value) is not kind or (kind is not str and not value > 0):
+            what = "a string" if kind is str else f"a positive {kind.__name__}"
+            raise CheckpointError(f"{home}/config.json: {field.name} is {value!r}, wanted {what}")
+        known[field.name] = value
+    return TextConfig(**known)
+
+
+@dataclass(frozen=True, slots=True)
 class PromptTokenizer:
     """Text to token numbers, cut or padded to `max_length`; </s> is the last before the padding."""
 
@@ -42,6 +84,8 @@ class PromptTokenizer:
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token numbers and mask (1 text, 0 padding), both int64 [prompts, max_length]."""
+        import torch
+
         encodings = self.tokenizer.encode_batch([prompt.strip() for prompt in prompts])
         for prompt, encoding in zip(prompts, encodings, strict=True):
             if encoding.overflowing:
@@ -52,16 +96,18 @@ class PromptTokenizer:
         )
 
 
-@torch.no_grad()
 def encode(
-    encoder: "T5EncoderModel", tokenizer: PromptTokenizer, prompts: Sequence[str]
+    encoder: T5EncoderModel, tokenizer: PromptTokenizer, prompts: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
     """Prompt embeddings [prompts, max_length, width] and mask int64 [prompts, max_length].
 
     T5 is given the mask: padding is invisible to the text, as in the original pipeline.
     """
+    import torch
+
     input_ids, mask = tokenizer(prompts)
-    embeds: Tensor = encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
+    with torch.no_grad():
+        embeds: Tensor = encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
     return embeds, mask
 
 
@@ -106,7 +152,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def load_text_encoder(folder: Path, dtype: torch.dtype | None = None) -> "T5EncoderModel":
+def load_text_encoder(folder: Path, dtype: torch.dtype | None = None) -> T5EncoderModel:
     """The T5 encoder in the folder or its `text_encoder` subfolder, in evaluation mode.
 
     Without `dtype` the weights keep the files' types and share the mapped files' memory.
@@ -114,6 +160,7 @@ def load_text_encoder(folder: Path, dtype: torch.dtype | None = None) -> "T5Enco
     Raises:
         CheckpointError: no encoder there, or the files do not fit its config.json exactly.
     """
+    import torch
     from transformers import T5Config, T5EncoderModel
 
     home = encoder_folder(folder)

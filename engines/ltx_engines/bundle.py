@@ -6,15 +6,18 @@
     text_encoder/           its config, weights and tokenizer.json
 
 It appears in one rename when it is complete, and is opened only when every byte is as it was.
+Gigabytes that were not copied need not be read for that: their size and the time of the last
+change stand for them until somebody asks for their hash (`reseal`).
 """
 
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from reprlib import repr as short
 from stat import S_ISREG
@@ -27,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ltx_engines import hashes, strict
 from ltx_engines.errors import UserError, nearest
 from ltx_engines.shapes import SPACE, TIME
-from ltx_engines.stages import FLOAT, STAGES, Tensor
+from ltx_engines.stages import FLOAT, OPTIONAL, STAGES, Tensor
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -66,8 +69,11 @@ class StageEntry(_Frozen):
 
 
 class FileEntry(_Frozen):
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """Either the hash, or the time of the last change in nanoseconds, says that it is the same."""
+
     bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    modified_ns: int | None = None
 
 
 class TokenizerEntry(_Frozen):
@@ -130,7 +136,10 @@ class Defaults(_Frozen):
 
 
 class Manifest(_Frozen):
-    """`checkpoint`, `tokenizer.file` and the stages' files are keys of `files`."""
+    """`checkpoint`, `tokenizer.file` and the stages' files are keys of `files`.
+
+    A key is a path inside the bundle or, for weights that stay where they are, an absolute one.
+    """
 
     format_version: int = FORMAT_VERSION
     family: Literal["ltx_video"]
@@ -140,7 +149,7 @@ class Manifest(_Frozen):
     stages: dict[str, StageEntry]
     files: dict[str, FileEntry] = Field(default_factory=dict)
     checkpoint: str
-    tokenizer: TokenizerEntry
+    tokenizer: TokenizerEntry | None = None
     model: ModelFacts
     scheduler: SchedulerFacts
     allowed_inference_steps: tuple[float, ...] | None = None
@@ -184,11 +193,14 @@ def open_bundle(path: Path, *, cache: Path | None = None) -> Bundle:
     """Read and check a bundle. `cache` is where large files' verification is remembered."""
     manifest = _read(path)
     cache = Path(user_cache_dir("ltx-trt")) if cache is None else cache
-    files = {name: _inside(path, name) for name in manifest.files}
+    files = _places(path, manifest)
     for name, file in files.items():  # all sizes before the first hash: they cost nothing
         _check_size(file, manifest.files[name].bytes)
     for name, file in files.items():
         wanted = manifest.files[name].sha256
+        if wanted is None:
+            _check_time(path, file, manifest.files[name].modified_ns)
+            continue
         with _told(file):
             found = hashes.verify(file, wanted, cache)
         if found != wanted:
@@ -219,21 +231,68 @@ def create(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _remove(temporary)
 
 
-def seal(folder: Path, manifest: Manifest) -> Manifest:
-    """Write manifest.json with the size and hash of every file that lies in the folder."""
+@dataclass(frozen=True, slots=True)
+class Hashing:
+    """What `seal` need not read: `known` hashes, and large files unless `everything` is wished."""
+
+    known: Mapping[str, str] = field(default_factory=dict)
+    everything: bool = False
+
+
+def seal(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    elsewhere: Collection[str] = (),
+    hashing: Hashing = Hashing(),
+) -> Manifest:
+    """Write manifest.json with size and hash of every file in the folder, and of those elsewhere.
+
+    `elsewhere` are absolute paths.
+    """
     names = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
         if path.is_symlink() or not path.is_dir()
     )
     with _told(f"cannot seal {folder}"):
-        files = {name: _entry(_inside(folder, name)) for name in names if name != MANIFEST}
+        wanted = [*(name for name in names if name != MANIFEST), *elsewhere]
+        places = _places(folder, manifest.model_copy(update={"files": dict.fromkeys(wanted)}))
+        files = {name: _entry(file, name, hashing) for name, file in places.items()}
         sealed = manifest.model_copy(update={"files": files})
         if problem := _loose_end(sealed):
             raise ValueError(f"cannot seal {folder}: {problem}")
-        text = json.dumps(sealed.model_dump(mode="json"), sort_keys=True, indent=2) + "\n"
-        (folder / MANIFEST).write_text(text, encoding="utf-8")
+        _write(folder, sealed)
     return sealed
+
+
+def reseal(folder: Path) -> tuple[str, ...]:
+    """Hash the files that only have a time so far; returns their names.
+
+    Raises:
+        UserError: no bundle, or a file has another size than the manifest says.
+    """
+    manifest = _read(folder)
+    added: dict[str, FileEntry] = {}
+    for name, file in _places(folder, manifest).items():
+        entry = manifest.files[name]
+        _check_size(file, entry.bytes)
+        if entry.sha256 is None:
+            with _told(file):
+                added[name] = FileEntry(bytes=entry.bytes, sha256=hashes.sha256(file))
+    with _told(f"cannot seal {folder}"):
+        _write(folder, manifest.model_copy(update={"files": {**manifest.files, **added}}))
+    return tuple(added)
+
+
+def _write(folder: Path, manifest: Manifest) -> None:
+    text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True, indent=2) + "\n"
+    temporary = folder / f".{MANIFEST}.{uuid4().hex[:8]}"
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, folder / MANIFEST)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read(folder: Path) -> Manifest:
@@ -276,16 +335,32 @@ def _check_version(path: Path, found: object) -> None:
 
 def _loose_end(manifest: Manifest) -> str:
     """What in the manifest points to nothing, or an empty string."""
-    named = {"checkpoint": manifest.checkpoint, "tokenizer.file": manifest.tokenizer.file}
+    named = {"checkpoint": manifest.checkpoint}
+    if manifest.tokenizer is not None:
+        named["tokenizer.file"] = manifest.tokenizer.file
     for name, stage in manifest.stages.items():
-        if name not in STAGES:
-            return f"unknown stage {name!r}{nearest(name, STAGES)}"
+        if name not in (known := (*STAGES, *OPTIONAL)):
+            return f"unknown stage {name!r}{nearest(name, known)}"
         named[f"stages.{name}.file"] = stage.file
         named |= {f"stages.{name}.weights.{i}": file for i, file in enumerate(stage.weights)}
     for where, file in named.items():
         if file not in manifest.files:
             return f"{where} is {file!r}, which is not among files{nearest(file, manifest.files)}"
     return ""
+
+
+def _places(folder: Path, manifest: Manifest) -> dict[str, Path]:
+    """Where each file is: in the folder, or, if it holds weights, where its absolute path says."""
+    weights = {manifest.checkpoint, *(w for s in manifest.stages.values() for w in s.weights)}
+    return {
+        name: Path(name) if name in weights and _is_elsewhere(name) else _inside(folder, name)
+        for name in manifest.files
+    }
+
+
+def _is_elsewhere(name: str) -> bool:
+    pure = PurePosixPath(name)
+    return pure.is_absolute() and ".." not in pure.parts and str(pure) == name
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -318,9 +393,29 @@ def _check_size(file: Path, wanted: int) -> None:
         )
 
 
-def _entry(file: Path) -> FileEntry:
+def _check_time(bundle: Path, file: Path, wanted: int | None) -> None:
+    with _told(file):
+        found = file.stat().st_mtime_ns
+    if found != wanted:
+        raise UserError(
+            f"{file} was changed {_clock(found)}, the manifest says {_clock(wanted)}; {AGAIN}, or "
+            f"if it is an unchanged copy: ltx-export seal {bundle}"
+        )
+
+
+def _clock(nanoseconds: int | None) -> str:
+    if nanoseconds is None:
+        return "never"
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(nanoseconds / 1e9))
+
+
+def _entry(file: Path, name: str, hashing: Hashing) -> FileEntry:
     size = _size(file)
-    return FileEntry(sha256=hashes.sha256(file), bytes=size)
+    if (known := hashing.known.get(name)) is not None:
+        return FileEntry(bytes=size, sha256=known)
+    if size < hashes.STAMP_FROM or hashing.everything:
+        return FileEntry(bytes=size, sha256=hashes.sha256(file))
+    return FileEntry(bytes=size, modified_ns=file.stat().st_mtime_ns)
 
 
 def _check_target(target: Path, *, overwrite: bool) -> None:

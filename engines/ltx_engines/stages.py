@@ -15,6 +15,9 @@ FLOAT = "float"
 
 STAGES = ("text_encoder", "transformer", "vae_encoder", "vae_decoder")
 
+OPTIONAL = ("latent_upsampler",)
+"""Stages whose weights are in a file of their own, which a pipeline may do without."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
@@ -51,8 +54,23 @@ class NoiseInput:
 
 
 @dataclass(frozen=True, slots=True)
+class Upsampling:
+    """What a latent upsampler doubles: rows and columns, frames, or all of them."""
+
+    spatial: bool
+    temporal: bool
+
+    def __post_init__(self) -> None:
+        if not (self.spatial or self.temporal):
+            raise ValueError("an upsampler that doubles nothing")
+
+
+@dataclass(frozen=True, slots=True)
 class Sizes:
-    """What of a checkpoint's configuration shows in the tensor tables of LTX-Video."""
+    """What of a checkpoint's configuration shows in the tensor tables of LTX-Video.
+
+    `upsampling` is of the upsampler's own file; None where there is no such file.
+    """
 
     in_channels: int
     out_channels: int
@@ -61,15 +79,18 @@ class Sizes:
     latent_channels: int
     timestep_conditioning: bool
     noise_inputs: tuple[NoiseInput, ...] = ()
+    upsampling: Upsampling | None = None
 
 
 def ltx_video(sizes: Sizes) -> dict[str, Stage]:
-    """The four stages of LTX-Video's base pipeline, by name."""
+    """The stages of LTX-Video by name, in order of use: the base pipeline's, and the upsampler."""
+    upsamplers = (_latent_upsampler(sizes, sizes.upsampling),) if sizes.upsampling else ()
     return {
         stage.name: stage
         for stage in (
             _text_encoder(sizes),
             _transformer(sizes),
+            *upsamplers,
             _vae_encoder(sizes),
             _vae_decoder(sizes),
         )
@@ -106,6 +127,18 @@ def _transformer(sizes: Sizes) -> Stage:
 def _latents(sizes: Sizes, name: str) -> Tensor:
     grid = ("latent_frames", "latent_height", "latent_width")
     return Tensor(name, FLOAT, ("batch", sizes.latent_channels, *grid))
+
+
+def _latent_upsampler(sizes: Sizes, upsampling: Upsampling) -> Stage:
+    """upsampled_frames = 2 latent_frames - 1, upsampled_height = 2 latent_height, width alike."""
+    frames = "upsampled_frames" if upsampling.temporal else "latent_frames"
+    sides = "upsampled" if upsampling.spatial else "latent"
+    grid = (frames, f"{sides}_height", f"{sides}_width")
+    return Stage(
+        "latent_upsampler",
+        inputs=(_latents(sizes, "latents"),),
+        outputs=(Tensor("upsampled", FLOAT, ("batch", sizes.latent_channels, *grid)),),
+    )
 
 
 PIXELS = Tensor("pixels", FLOAT, ("batch", 3, "frames", "height", "width"))

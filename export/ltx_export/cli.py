@@ -6,22 +6,23 @@ from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from ltx_engines.command import invoke
 from ltx_engines.errors import UserError, nearest
-from ltx_engines.stages import STAGES
+from ltx_engines.stages import OPTIONAL, STAGES
 from ltx_ref.checkpoint import CheckpointError
 
-PACKAGES = ("onnx", "onnx_ir", "onnxscript", "safetensors", "torch", "transformers")
+PACKAGES = ("ml_dtypes", "onnx", "onnx_ir")
 """Of the extra [export]."""
 
 
 class Weights(StrEnum):
     link = "link"
     copy = "copy"
+    refer = "refer"
 
 
 class StgModes(StrEnum):
@@ -57,10 +58,14 @@ app = typer.Typer(
 @app.command()
 def onnx(  # noqa: PLR0913 - options of a command
     checkpoint: Annotated[Path, typer.Argument(help="The original single-file .safetensors.")],
-    text_encoder: Annotated[
-        Path, typer.Option(help="T5 as on Hugging Face: config.json, safetensors, tokenizer.")
-    ],
     out: Annotated[Path, typer.Option(help="The bundle, a folder that does not exist yet.")],
+    text_encoder: Annotated[
+        Path | None,
+        typer.Option(help="T5 as on Hugging Face: config.json, safetensors, tokenizer."),
+    ] = None,
+    upsampler: Annotated[
+        Path | None, typer.Option(help="A latent upscaler's .safetensors: one more stage.")
+    ] = None,
     stages: Annotated[str, typer.Option(help="all, or some of them, with commas.")] = "all",
     pipeline_config: Annotated[
         Path | None, typer.Option(help="An original ltxv-*.yaml: the bundle's defaults.")
@@ -72,9 +77,22 @@ def onnx(  # noqa: PLR0913 - options of a command
         Precisions | None,
         typer.Option(help="Convert the weights; else they stay as they are, and where they are."),
     ] = None,
+    lora: Annotated[
+        list[str], typer.Option(metavar="FILE[:STRENGTH]", help="Fuse a LoRA; may be repeated.")
+    ] = [],  # noqa: B006 - typer copies it
+    opset: Annotated[
+        int | None,
+        typer.Option(help="23 for TensorRT, 20 for ONNX Runtime; else by the element type."),
+    ] = None,
     weights: Annotated[
-        Weights, typer.Option(help="Hard links cost no disk; copies can leave the disk.")
+        Weights,
+        typer.Option(
+            help="Hard links cost no disk, copies can leave the disk, references lead anywhere."
+        ),
     ] = Weights.link,
+    hash_everything: Annotated[
+        bool, typer.Option("--hash", help="Hash large weights now; ltx-export seal does it later.")
+    ] = False,
     name: Annotated[str | None, typer.Option(help="The bundle's name; else the file's.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a bundle that is there.")
@@ -84,23 +102,82 @@ def onnx(  # noqa: PLR0913 - options of a command
     """Write one ONNX graph for each stage; their weights stay in the original files."""
     chosen = _stages(stages)
     _check_packages("onnx")
-    from ltx_export.onnx_bundle import Order, write  # torch enters here and nowhere earlier
+    from ltx_export.onnx_bundle import Order, write
 
     order = Order(
         checkpoint,
-        text_encoder,
         out,
-        chosen,
-        pipeline_config,
-        stg_mode.value if stg_mode else None,
-        precision.value if precision else None,
-        weights.value,
-        name,
-        overwrite,
-        tuple(ignore_config_key),
+        text_encoder=text_encoder,
+        upsampler=upsampler,
+        stages=chosen,
+        pipeline_config=pipeline_config,
+        stg_mode=stg_mode.value if stg_mode else None,
+        precision=precision.value if precision else None,
+        loras=tuple(lora),
+        opset=_opset(opset),
+        weights=weights.value,
+        hash_everything=hash_everything,
+        name=name,
+        overwrite=overwrite,
+        ignore_config_keys=tuple(ignore_config_key),
     )
     seconds = _follow(write(order))
-    typer.echo(f"{out}: {', '.join(chosen)} in {seconds:.1f} s")
+    typer.echo(f"{out}: {stages} in {seconds:.1f} s")
+
+
+@app.command()
+def seal(
+    bundle: Annotated[Path, typer.Argument(help="A bundle of large, unhashed files.")],
+) -> None:
+    """Hash what an export did not read, so that the bundle can be checked on another machine."""
+    from ltx_engines.bundle import reseal
+
+    added = reseal(bundle)
+    typer.echo(f"{bundle}: {len(added)} hashed" + "".join(f", {name}" for name in added))
+
+
+@app.command()
+def lora(
+    files: Annotated[list[str], typer.Argument(metavar="FILE[:STRENGTH]...", help="LoRAs.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The checkpoint that they are, or should be, for.")
+    ] = None,
+    listing: Annotated[
+        bool, typer.Option("--list", help="Say what they are, and whether they fit.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the checkpoint with them fused into it.")
+    ] = None,
+) -> None:
+    """Look at LoRAs, or fuse them into a checkpoint."""
+    _check_packages("lora")
+    from ltx_export import fusion
+
+    if listing == (out is not None):
+        raise UserError("ltx-export lora wants either --list or --out FILE")
+    if out is None:
+        for line in fusion.lines(files, checkpoint):
+            typer.echo(line)
+        return
+    if checkpoint is None:
+        raise UserError("ltx-export lora --out FILE wants --checkpoint FILE, to fuse into")
+    seconds = _follow(fusion.fuse(files, checkpoint, out))
+    typer.echo(f"{out}: {len(files)} fused in {seconds:.1f} s")
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete them.")] = False,
+) -> None:
+    """Say which converted and fused weights are kept for the next export."""
+    _check_packages("cache")
+    from ltx_export import weight_cache
+
+    if clear:
+        typer.echo(f"{weight_cache.clear():,} bytes freed")
+        return
+    for entry in weight_cache.entries():
+        typer.echo(f"{entry.file}: {entry.bytes:,} bytes, {entry.name or 'incomplete'}")
 
 
 @app.command()
@@ -128,32 +205,45 @@ def _check_packages(command: str) -> None:
         )
 
 
-def _stages(words: str) -> tuple[str, ...]:
-    """In the order of the table, whatever the order on the command line."""
+def _stages(words: str) -> tuple[str, ...] | None:
+    """In the order of the table, whatever the order on the command line; None for all."""
     if words == "all":
-        return STAGES
+        return None
+    known = (*STAGES, *OPTIONAL)
     chosen = [word.strip() for word in words.split(",")]
     for word in chosen:
-        if word not in STAGES:
+        if word not in known:
             raise UserError(
-                f"unknown stage {word!r}{nearest(word, STAGES)}; known are all, {', '.join(STAGES)}"
+                f"unknown stage {word!r}{nearest(word, known)}; known are all, {', '.join(known)}"
             )
-    return tuple(stage for stage in STAGES if stage in chosen)
+    return tuple(stage for stage in known if stage in chosen)
+
+
+def _opset(number: int | None) -> Literal[20, 23] | None:
+    known: dict[int | None, Literal[20, 23] | None] = {None: None, 20: 20, 23: 23}
+    if number not in known:
+        raise UserError(f"--opset {number} is not one of 20, 23")
+    return known[number]
 
 
 def _follow(steps: Iterator[str]) -> float:
-    """Show each step while it runs and its seconds when it is done; returns the sum."""
+    """Show each step while it runs and its seconds when it is done; returns the sum.
+
+    What follows a colon is how far the step is.
+    """
     from rich.console import Console
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     begin = start = time.perf_counter()
     step = ""
     with console.status("starting") as status:
-        for following in steps:
-            if step:
+        for shown in steps:
+            following = shown.partition(": ")[0]
+            if step and following != step:
                 console.print(f"{step}: {time.perf_counter() - start:.1f} s")
-            step, start = following, time.perf_counter()
-            status.update(step)
+            if following != step:
+                step, start = following, time.perf_counter()
+            status.update(shown)
         console.print(f"{step}: {time.perf_counter() - start:.1f} s")
     return time.perf_counter() - begin
 

@@ -1,97 +1,166 @@
-"""A safetensors file in another float type, written tensor by tensor.
+"""Element types of weights: what a header says about them, and casts from one to another."""
 
-What the new file will look like is known from the old one's header alone, so a graph can be bound
-to it before it is there. Only the largest tensor is ever in memory.
-"""
-
-import json
-from collections.abc import Iterator
+from collections import Counter
+from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from types import MappingProxyType
+from typing import Any, BinaryIO, Literal
 
-import torch
-from safetensors import safe_open
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
 
 from ltx_engines.bundle import Precision
 from ltx_engines.errors import UserError
 from ltx_ref.checkpoint import BITS, Header, TensorInfo
 
+Numbers = NDArray[Any]
+
 TYPES: MappingProxyType[Precision, str] = MappingProxyType(
     {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 )
+NUMPY: MappingProxyType[str, np.dtype[Any]] = MappingProxyType(
+    {
+        "F64": np.dtype(np.float64),
+        "F32": np.dtype(np.float32),
+        "F16": np.dtype(np.float16),
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+        "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    }
+)
+"""The types whose numbers mean themselves."""
+
 FLOATS = frozenset({"F64", *TYPES.values()})
+"""The types in which weights are trained and computed with."""
+
+SCALES = (
+    *(".weight_scale", ".weight_scale_2", ".input_scale", ".pre_quant_scale"),  # ModelOpt, LTX-2
+    *(".scale_weight", ".scale_input", "scaled_fp8", ".comfy_quant"),  # ComfyUI
+    *(
+        "_scale_inv",
+        ".absmax",
+        ".quant_map",
+        ".qweight",
+        ".qzeros",
+        ".scales",
+    ),  # DeepSeek, bnb, AWQ
+)
+"""How the names end of tensors without which a quantized weight cannot be understood."""
+
+QUANTIZED = ("_quantization_metadata", "quantization_config")
+"""Keys of the metadata that say the same."""
+
+LARGEST = MappingProxyType(
+    {
+        "F32": float(np.finfo(np.float32).max),
+        "F16": float(np.finfo(np.float16).max),
+        "BF16": (2 - 2**-7) * 2.0**127,
+    }
+)
+E4M3 = np.arange(256, dtype=np.uint8).view(NUMPY["F8_E4M3"]).astype(np.float32)
+"""The value of each byte: four times as fast as ml_dtypes' own cast."""
 
 
-def planned(header: Header, precision: Precision) -> Header:
-    """The header of the file with all its float tensors in this type; itself if they are already.
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What the weights of a file are, and a sentence about it."""
+
+    name: Literal["float", "fp8_plain", "scaled", "unsupported"]
+    sentence: str
+
+    @property
+    def means_itself(self) -> bool:
+        """Each number is the weight's value, so that casts and LoRAs make sense."""
+        return self.name in {"float", "fp8_plain"}
+
+
+def kind(header: Header) -> Kind:
+    """Recognise quantized files by their names and element types."""
+    scales = [name for name in header.tensors if name.endswith(SCALES)]
+    scales += [f"metadata {key}" for key in QUANTIZED if key in header.metadata]
+    if scales:
+        what = f"quantized weights with scales ({scales[0]}), which give the numbers their meaning"
+        return Kind("scaled", what)
+    for name, info in header.tensors.items():
+        stored = len(info.shape) > 1 and info.dtype not in NUMPY
+        if info.dtype == "F8_E5M2" or (stored and name.endswith(".weight")):
+            return Kind("unsupported", f"{name} is {info.dtype}, in which no release is published")
+    counts = Counter(info.dtype for info in header.tensors.values() if info.dtype in NUMPY)
+    listed = ", ".join(f"{count:,} {dtype}" for dtype, count in sorted(counts.items()))
+    if eights := counts["F8_E4M3"]:
+        what = f"plain 8-bit casts without scales: {eights:,} weights, each number is its value"
+        return Kind("fp8_plain", f"{what} ({listed})")
+    return Kind("float", f"floating-point weights ({listed or 'none'})")
+
+
+def types(header: Header, precision: Precision | None) -> dict[str, str]:
+    """The element type of each tensor when all its numbers are brought to this precision.
 
     Raises:
-        UserError: a tensor is quantized; its numbers mean nothing without their scales.
+        UserError: the numbers of a quantized file mean nothing by themselves.
     """
-    for name, info in header.tensors.items():
-        if info.dtype.startswith("F8_"):
-            raise UserError(
-                f"{header.path}: {name} is {info.dtype}; a quantized checkpoint is not converted, "
-                "start from the float one"
-            )
-    types = {
-        name: TYPES[precision] if info.dtype in FLOATS else info.dtype
+    if precision is None:
+        return {name: info.dtype for name, info in header.tensors.items()}
+    check_kind(header, f"cannot be converted to {precision}")
+    return {
+        name: TYPES[precision] if info.dtype in NUMPY else info.dtype
         for name, info in header.tensors.items()
     }
-    if all(types[name] == info.dtype for name, info in header.tensors.items()):
-        return header
-    path = header.path.with_name(f"{header.path.stem}.{precision}.safetensors")
-    start = len(_head(header, types))
-    tensors = {
-        name: TensorInfo(types[name], header.tensors[name].shape, start + begin, start + end)
-        for name, begin, end in _layout(header, types)
-    }
-    return Header(path, MappingProxyType(tensors), header.metadata)
 
 
-def write(source: Header, target: Header, path: Path) -> None:
-    """Write the file that `target`, from `planned(source, ...)`, describes.
+def check_kind(header: Header, refusal: str) -> None:
+    """
+    Raises:
+        UserError: the numbers of a quantized file mean nothing by themselves.
+    """
+    if not (found := kind(header)).means_itself:
+        raise UserError(
+            f"{header.path} {refusal}: {found.sentence}; start from the bfloat16 checkpoint"
+        )
+
+
+def element(dtype: str) -> np.dtype[Any]:
+    """As numpy sees it. What is not a number here is so many bytes."""
+    return NUMPY.get(dtype, np.dtype(f"V{BITS[dtype] // 8}"))
+
+
+def read(file: BinaryIO, info: TensorInfo, begin: int = 0, end: int | None = None) -> Numbers:
+    """The flattened tensor's numbers `begin` to `end`. Read and not mapped: a mapped file's
+    pages would count as this process's memory for as long as nobody else asks for it.
 
     Raises:
-        UserError: a number is too large for the new type.
+        UserError: the file has become shorter.
     """
-    types = {name: info.dtype for name, info in target.tensors.items()}
-    with safe_open(source.path, framework="pt") as file, path.open("wb") as out:
-        out.write(_head(source, types))
-        for name, _, _ in _layout(source, types):
-            tensor = _cast(file.get_tensor(name), types[name], f"{source.path}: {name}")
-            tensor.flatten().view(torch.uint8).numpy().tofile(out)
+    dtype = element(info.dtype)
+    count = (prod(info.shape) if end is None else end) - begin
+    file.seek(info.begin + begin * dtype.itemsize)
+    data = np.fromfile(file, np.uint8, count * dtype.itemsize)
+    if data.size < count * dtype.itemsize:
+        raise UserError(f"{file.name} became shorter while it was read; start again")
+    return data.view(dtype)
 
 
-def _cast(tensor: torch.Tensor, dtype: str, what: str) -> torch.Tensor:
-    if dtype not in FLOATS:
-        return tensor.contiguous()
-    wanted = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
-    cast = tensor.to(wanted).contiguous()
-    if cast.isfinite().all() or not tensor.isfinite().all():
-        return cast
-    raise UserError(
-        f"{what} reaches {tensor.abs().max().item():.3g}, {wanted} ends at "
-        f"{torch.finfo(wanted).max:.3g}; choose --precision float32"
+def cast(numbers: Numbers, dtype: str, what: str) -> Numbers:
+    """Rounded to the nearest number of the type, ties to even; themselves if they have it.
+
+    Raises:
+        UserError: a finite number is too large for the type.
+    """
+    wanted = element(dtype)
+    if numbers.dtype == wanted:
+        return numbers
+    if numbers.dtype == NUMPY["F8_E4M3"]:
+        numbers = E4M3[numbers.view(np.uint8)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = numbers.astype(wanted)
+    finite = np.isfinite(rounded)
+    if not finite.all() and (lost := np.isfinite(numbers) & ~finite).any():
+        raise _overflow(float(np.abs(numbers[lost]).max()), dtype, what)
+    return rounded
+
+
+def _overflow(largest: float, dtype: str, what: str) -> UserError:
+    advice = "the checkpoint is damaged" if dtype == "F32" else "choose --precision float32"
+    return UserError(
+        f"{what} reaches {largest:.3g}, {element(dtype)} ends at {LARGEST[dtype]:.3g}; {advice}"
     )
-
-
-def _layout(header: Header, types: dict[str, str]) -> Iterator[tuple[str, int, int]]:
-    """Name, begin and end of each tensor among the data, in the old file's order."""
-    begin = 0
-    for name, info in sorted(header.tensors.items(), key=lambda item: item[1].begin):
-        end = begin + prod(info.shape) * BITS[types[name]] // 8
-        yield name, begin, end
-        begin = end
-
-
-def _head(header: Header, types: dict[str, str]) -> bytes:
-    """The length and the JSON header, padded so that the data begin at a multiple of eight."""
-    table: dict[str, object] = {"__metadata__": dict(header.metadata)} if header.metadata else {}
-    for name, begin, end in _layout(header, types):
-        shape = list(header.tensors[name].shape)
-        table[name] = {"dtype": types[name], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

@@ -6,7 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ltx_engines.stages import Stage
-from ltx_export.trace import DERIVED, EXAMPLE, ONNX_TYPES, Derived, element_type
+from ltx_export.axes import DERIVED, EXAMPLE, Derived
+from ltx_export.element_types import ONNX_TYPES, element_type
 
 INLINE_LIMIT = 32 * 1024
 """Bytes of a constant inside the graph. The largest is a row of ones as wide as the model (13B:

@@ -1,8 +1,8 @@
-"""A bundle of ONNX graphs: what is checked first, then traced, then written in one piece."""
+"""A bundle of ONNX graphs: what is checked first, then made, then written in one piece."""
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,18 +12,32 @@ import onnx
 import onnx_ir as ir
 
 from ltx_engines import bundle, stages
-from ltx_engines.bundle import Manifest, StageEntry, StgMode
+from ltx_engines.bundle import Hashing, Manifest, StageEntry, StgMode
 from ltx_engines.errors import UserError
-from ltx_export import __version__, convert, invariants, pipeline_defaults, sources, trace, weights
+from ltx_export import (
+    __version__,
+    derive,
+    invariants,
+    lora,
+    pipeline_defaults,
+    sources,
+    weight_cache,
+    weights,
+)
+from ltx_export.graphs import Graphs
 from ltx_export.pipeline_defaults import Pipeline
 from ltx_export.sources import TEXT_FOLDER, TOKENIZER, Sources
-from ltx_export.stage_modules import Model, build
 from ltx_ref.checkpoint import Header
-from ltx_ref.ltx_video.config import TRANSFORMER_PREFIX
+from ltx_ref.ltx_video.config import noise_blocks
 from ltx_ref.text import PromptTokenizer
 
 IR_VERSION = 10
 """Of the ONNX file format: the newest that the runtimes of 2024 read."""
+
+OPSET = {"float32": 20, "float16": 20, "bfloat16": 23}
+"""Unless the user chooses: ONNX Runtime's CPU has no bfloat16, TensorRT wants it."""
+
+Opset = Literal[20, 23]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +45,19 @@ class Order:
     """What the user asked for."""
 
     checkpoint: Path
-    text_encoder: Path
     out: Path
-    stages: tuple[str, ...] = stages.STAGES
+    text_encoder: Path | None = None
+    upsampler: Path | None = None
+    stages: tuple[str, ...] | None = None
+    """None: all whose files are given."""
     pipeline_config: Path | None = None
     stg_mode: StgMode | None = None
     precision: bundle.Precision | None = None
-    """None leaves the weights as they are, and every file a link to the original."""
-    weights: Literal["link", "copy"] = "link"
+    """None leaves the weights as they are."""
+    loras: tuple[str, ...] = ()
+    opset: Opset | None = None
+    weights: Literal["link", "copy", "refer"] = "link"
+    hash_everything: bool = False
     name: str | None = None
     overwrite: bool = False
     ignore_config_keys: tuple[str, ...] = ()
@@ -49,18 +68,26 @@ class Checked:
     """Everything that was read, and found to fit together. Precisions are by stage."""
 
     found: Sources
+    stages: tuple[str, ...]
     pipeline: Pipeline
-    tokenizer: PromptTokenizer
+    tokenizer: PromptTokenizer | None
     precisions: Mapping[str, bundle.Precision]
+    graphs: Graphs
+    opset: Opset | None = None
+
+    def opset_of(self, stage: str) -> int:
+        return self.opset or OPSET[self.precisions[stage]]
 
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """A traced stage with its weights bound, ready to be written."""
+    """A stage with its weights bound, ready to be written."""
 
     stage: stages.Stage
     precision: bundle.Precision
     model: ir.Model
+    files: tuple[str, ...]
+    """Where its weights are."""
 
     @property
     def file(self) -> str:
@@ -71,7 +98,7 @@ class Graph:
             file=self.file,
             inputs=bundle.tensor_entries(self.stage.inputs, self.precision),
             outputs=bundle.tensor_entries(self.stage.outputs, self.precision),
-            weights=weights.files(self.model),
+            weights=self.files,
         )
 
 
@@ -87,49 +114,59 @@ def write(order: Order) -> Iterator[str]:
     yield "reading"
     checked = check(order)
     with bundle.create(order.out, overwrite=order.overwrite) as folder:
-        how = f"in {order.precision}" if checked.found.origins else order.weights
-        yield f"placing weights ({how})"
-        _place_files(order, checked, folder)
         graphs = []
-        for stage in order.stages:
-            yield f"tracing {stage}"
+        for stage in checked.stages:
+            how = "" if checked.graphs.has_template(stage) else " (tracing the reference)"
+            yield f"graph of {stage}{how}"
             graphs.append(export(stage, checked))
-        yield "writing graphs"
         for graph in graphs:
             _save(graph, folder)
-        yield "hashing"
-        bundle.seal(folder, _manifest(order, checked, graphs))
+        known: dict[str, str] = {}
+        yield from _place_files(order, checked, folder, known)
+        yield "sealing"
+        files = {file for graph in graphs for file in graph.files}
+        bundle.seal(
+            folder,
+            _manifest(order, checked, graphs),
+            elsewhere={file for file in files if Path(file).is_absolute()}
+            | _elsewhere(checked.found),
+            hashing=Hashing(known, order.hash_everything),
+        )
 
 
 def check(order: Order) -> Checked:
-    """Everything that can be known to be wrong before the first graph is traced."""
-    found = sources.read(order.checkpoint, order.text_encoder, order.ignore_config_keys)
-    if order.precision is not None:
-        found = found.converted(order.precision)
+    """Everything that can be known to be wrong before the first graph is made."""
+    found = sources.read(
+        order.checkpoint, order.text_encoder, order.upsampler, order.ignore_config_keys
+    )
+    chosen = order.stages or _all_stages(order)
     pipeline = pipeline_defaults.read(order.pipeline_config, found.config, order.stg_mode)
-    tokenizer = sources.tokenizer(found.text_home, found.text_config, pipeline.max_length)
-    precisions = {}
-    for stage in order.stages:
-        module = build(stage, _model(found, pipeline.stg_mode))
-        precisions[stage] = sources.precision(module.state_dict(), found.weights(stage), stage)
-    _check_place(order, found)
-    return Checked(found, pipeline, tokenizer, precisions)
+    graphs = Graphs(found.model(pipeline.stg_mode))
+    sources.check_fit(found, chosen, graphs)
+    adapters = lora.read(lora.parse(order.loras), found.checkpoint)
+    if order.precision is not None or adapters:
+        found = found.derived(order.precision, adapters)
+    if order.weights == "refer":
+        found = found.staying()
+    words = None if found.text is None else sources.tokenizer(found.text, pipeline.max_length)
+    precisions = {stage: sources.precision(found, stage, graphs.weights(stage)) for stage in chosen}
+    _check_opset(order, precisions)
+    _check_place(order, found, chosen)
+    return Checked(found, chosen, pipeline, words, precisions, graphs, order.opset)
 
 
 def export(stage: str, checked: Checked) -> Graph:
     """One stage as a graph that keeps every promise of `invariants.py`."""
-    found, precision = checked.found, checked.precisions[stage]
-    module = build(stage, _model(found, checked.pipeline.stg_mode))
-    wanted, twins = tuple(module.state_dict()), weights.twins(module)
-    table = stages.ltx_video(found.sizes())[stage]
-    noise = {block.block: block.scale for block in found.noise_blocks()}
-    derived = {**trace.DERIVED, **trace.noise_axes(noise)}
-    model = trace.trace(module, table, precision, derived)
-    weights.bind(model, found.weights(stage), wanted, twins)
+    found, precision, opset = checked.found, checked.precisions[stage], checked.opset_of(stage)
+    table, derived = checked.graphs.model.table(stage), checked.graphs.model.derived()
+    model = checked.graphs.graph(stage, precision, opset)
+    files = weights.bind(model, found.weights(stage), precision)
+    if lost := weights.missing(checked.graphs.weights(stage), model):
+        raise AssertionError(f"{stage}: {lost[0]} is not a weight of the graph")
     model.producer_name, model.producer_version = "ltx-export", __version__
     model.ir_version = IR_VERSION
     invariants.check(model, table, precision, derived)
-    return Graph(table, precision, model)
+    return Graph(table, precision, model, files)
 
 
 def check_graph(proto: onnx.ModelProto) -> None:
@@ -163,10 +200,6 @@ def check_graph(proto: onnx.ModelProto) -> None:
     onnx.checker.check_model(bare, full_check=True)
 
 
-def _model(found: Sources, stg_mode: StgMode) -> Model:
-    return Model(found.config, found.text_config, stg_mode)
-
-
 def _save(graph: Graph, folder: Path) -> None:
     proto = ir.to_proto(graph.model)
     del proto.graph.value_info[:]  # of initializers, which say the same themselves
@@ -174,45 +207,91 @@ def _save(graph: Graph, folder: Path) -> None:
     (folder / graph.file).write_bytes(proto.SerializeToString(deterministic=True))
 
 
-def _files(order: Order, found: Sources) -> Iterator[tuple[Header, str]]:
-    """The files of weights as they will be in the bundle, and where."""
-    yield found.checkpoint, found.checkpoint.path.name
-    if "text_encoder" in order.stages:
-        for header in found.text_headers:
-            yield header, f"{TEXT_FOLDER}/{header.path.name}"
+def _all_stages(order: Order) -> tuple[str, ...]:
+    """The base pipeline's, and the upsampler if there is one."""
+    return (*stages.STAGES, *(stages.OPTIONAL if order.upsampler else ()))
 
 
-def _check_place(order: Order, found: Sources) -> None:
+def _files(found: Sources, chosen: tuple[str, ...]) -> Iterator[Header]:
+    """The files of weights; the checkpoint's always, for it is the bundle's."""
+    yield found.checkpoint
+    for stage in chosen:
+        for header in found.headers(stage):
+            if header is not found.checkpoint:
+                yield header
+
+
+def _elsewhere(found: Sources) -> set[str]:
+    """The checkpoint, if it stays where it is, even when no stage of it was asked for."""
+    key = found.key(found.checkpoint)
+    return {key} if Path(key).is_absolute() else set()
+
+
+def _check_opset(order: Order, precisions: Mapping[str, bundle.Precision]) -> None:
+    for stage, precision in precisions.items():
+        if order.opset == 20 and precision == "bfloat16" and stage in CONVOLVES:
+            raise UserError(
+                f"opset 20 has no bfloat16 convolution, which the stage {stage} needs; "
+                "choose --opset 23, or --precision float32"
+            )
+
+
+CONVOLVES = frozenset({"vae_encoder", "vae_decoder", "latent_upsampler"})
+
+
+def _check_place(order: Order, found: Sources, chosen: tuple[str, ...]) -> None:
     place = Path(os.path.realpath(order.out)).parent
     while not os.path.lexists(place):
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {order.out}: {place} is not a folder one may write in")
     needed = 0
-    for header, _ in _files(order, found):
-        if order.weights == "copy" or found.origin(header) is not header:
-            needed += max((info.end for info in header.tensors.values()), default=0)
-        elif header.path.stat().st_dev != place.stat().st_dev:
+    for header in _files(found, chosen):
+        if order.weights == "copy" or header.path in found.derivations:
+            needed += derive.size(header)
+        elif order.weights == "link" and header.path.stat().st_dev != place.stat().st_dev:
             raise UserError(
                 f"{header.path} is on another file system than {order.out}, where a hard link "
-                "cannot reach; use --weights copy"
+                "cannot reach; use --weights copy, or --weights refer to leave it there"
             )
     if needed > (free := shutil.disk_usage(place).free):
         raise UserError(f"{order.out} needs {needed:,} bytes, {place} has {free:,} left")
 
 
-def _place_files(order: Order, checked: Checked, folder: Path) -> None:
+def _place_files(
+    order: Order, checked: Checked, folder: Path, known: dict[str, str]
+) -> Iterator[str]:
+    """Put everything but the graphs where the manifest says; `known` gets the hashes on the way."""
     found = checked.found
-    (folder / TEXT_FOLDER).mkdir()
-    for header, name in _files(order, found):
-        if (origin := found.origin(header)) is not header:
-            convert.write(origin, header, folder / name)
+    if found.text is not None:
+        (folder / TEXT_FOLDER).mkdir()
+        shutil.copyfile(found.text.home / "config.json", folder / TEXT_FOLDER / "config.json")
+    if checked.tokenizer is not None:
+        checked.tokenizer.tokenizer.save(str(folder / TOKENIZER))
+    for header in _files(found, checked.stages):
+        key = found.key(header)
+        if (wanted := found.derivations.get(header.path)) is not None:
+            work = weight_cache.place(wanted, folder / key)
+            known[key] = yield from _shown(work, f"writing {header.path.name}")
         elif order.weights == "copy":
-            shutil.copyfile(header.path, folder / name)
-        else:
-            _link(header.path, folder / name)
-    shutil.copyfile(found.text_home / "config.json", folder / TEXT_FOLDER / "config.json")
-    checked.tokenizer.tokenizer.save(str(folder / TOKENIZER))
+            yield f"copying {header.path.name}"
+            shutil.copyfile(header.path, folder / key)
+        elif order.weights == "link":
+            _link(header.path, folder / key)
+
+
+def _shown(work: Generator[derive.Progress, None, str], what: str) -> Generator[str, None, str]:
+    """Say how far a file is, at each percent."""
+    last = -1
+    while True:
+        try:
+            progress = next(work)
+        except StopIteration as end:
+            return str(end.value)
+        percent = 100 * progress.done // max(progress.total, 1)
+        if percent > last:
+            yield f"{what}: {percent} %"
+            last = percent
 
 
 def _link(source: Path, target: Path) -> None:
@@ -226,21 +305,15 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _manifest(order: Order, checked: Checked, graphs: list[Graph]) -> Manifest:
-    found, tokenizer = checked.found, checked.tokenizer
-    config, checkpoint = found.config, found.checkpoint
-    transformer = [name for name in checkpoint.tensors if name.startswith(TRANSFORMER_PREFIX)]
+    found, config = checked.found, checked.found.config
     return Manifest(
         family="ltx_video",
         name=order.name or order.checkpoint.stem,
-        model_version=model_version(checkpoint, config.generation),
-        precision=sources.precision(transformer, found.weights("transformer"), "transformer"),
+        model_version=model_version(found.checkpoint, config.generation),
+        precision=_precision(checked),
         stages={graph.stage.name: graph.entry() for graph in graphs},
-        checkpoint=checkpoint.path.name,
-        tokenizer=bundle.TokenizerEntry(
-            file=TOKENIZER,
-            max_length=tokenizer.max_length,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
+        checkpoint=found.key(found.checkpoint),
+        tokenizer=_tokenizer(checked.tokenizer),
         model=bundle.ModelFacts(
             latent_channels=config.vae.latent_channels,
             num_layers=config.transformer.num_layers,
@@ -249,14 +322,27 @@ def _manifest(order: Order, checked: Checked, graphs: list[Graph]) -> Manifest:
             stg_mode=checked.pipeline.stg_mode,
             noise_blocks=tuple(
                 bundle.NoiseBlock(name=f"noise_{n.block}", maps=n.maps, scale=n.scale)
-                for n in found.noise_blocks()
+                for n in noise_blocks(config.vae)
             ),
         ),
         scheduler=checked.pipeline.scheduler,
         allowed_inference_steps=config.allowed_inference_steps,
         defaults=checked.pipeline.defaults,
-        toolchain=toolchain(),
+        toolchain=toolchain(checked),
     )
+
+
+def _tokenizer(words: PromptTokenizer | None) -> bundle.TokenizerEntry | None:
+    if words is None:
+        return None
+    return bundle.TokenizerEntry(
+        file=TOKENIZER, max_length=words.max_length, pad_token_id=words.pad_token_id
+    )
+
+
+def _precision(checked: Checked) -> bundle.Precision:
+    """The transformer's, or if it was not asked for, that of the first stage."""
+    return checked.precisions.get("transformer", checked.precisions[checked.stages[0]])
 
 
 def model_version(header: Header, generation: str) -> str:
@@ -268,11 +354,12 @@ def model_version(header: Header, generation: str) -> str:
     return f"{releases} (by the layout of its VAE)"
 
 
-def toolchain() -> dict[str, str]:
+def toolchain(checked: Checked) -> dict[str, str]:
     """Whatever had a hand in the graphs."""
-    packages = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers")
-    return {
-        "ltx-export": __version__,
-        "opset": str(trace.OPSET),
-        **{name: version(name) for name in packages},
-    }
+    opsets = sorted({checked.opset_of(stage) for stage in checked.stages})
+    shipped = all(map(checked.graphs.has_template, checked.stages))
+    tracing = () if shipped else ("onnxscript", "torch", "transformers")
+    found = {"ltx-export": __version__, "opset": ", ".join(map(str, opsets))}
+    for name in ("onnx", "onnx-ir", *tracing):
+        found[name] = version(name)
+    return found

@@ -1,130 +1,259 @@
-"""The files a bundle is made from, read and found good before anything is traced or written."""
+"""The files a bundle is made from, read and found good before anything is written.
 
-import json
+Headers are read, never weights, and torch is not needed.
+"""
+
+import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
-import torch
-
-from ltx_engines.bundle import Precision
+from ltx_engines.bundle import Precision, StgMode
 from ltx_engines.errors import UserError
-from ltx_engines.stages import NoiseInput, Sizes
-from ltx_export import convert
-from ltx_export.weights import Weight, weights_of
+from ltx_export import convert, derive
+from ltx_export.graphs import Graphs, Model
+from ltx_export.lora import Adapter
+from ltx_export.weight_cache import Derivation
+from ltx_export.weights import PLAIN, Weight, weights_of
 from ltx_ref import text
 from ltx_ref.checkpoint import Header, difference, read_header
-from ltx_ref.ltx_video.config import ModelConfig, read_config
-from ltx_ref.ltx_video.model import UNUSED, LTXVideo
-from ltx_ref.ltx_video.vae import NoiseBlock, noise_blocks
-
-if TYPE_CHECKING:
-    from transformers import T5Config
+from ltx_ref.ltx_video.config import (
+    TRANSFORMER_PREFIX,
+    UNUSED,
+    VAE_PREFIX,
+    ModelConfig,
+    read_config,
+)
+from ltx_ref.ltx_video.upsampler_config import (
+    UpsamplerConfig,
+    check_latent_channels,
+    read_upsampler_config,
+)
+from ltx_ref.text import TextConfig
 
 PRECISIONS: Mapping[str, Precision] = MappingProxyType(
     {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 )
 """Element types of safetensors in which a stage can run."""
 
+STATISTICS = f"{VAE_PREFIX}per_channel_statistics."
+PREFIXES = MappingProxyType(
+    {
+        "transformer": TRANSFORMER_PREFIX,
+        "vae_encoder": f"{VAE_PREFIX}encoder.",
+        "vae_decoder": f"{VAE_PREFIX}decoder.",
+    }
+)
+"""How the names of a stage's own weights begin in the checkpoint."""
+
 TEXT_FOLDER = "text_encoder"
 TOKENIZER = f"{TEXT_FOLDER}/tokenizer.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TextFiles:
+    """A text encoder's folder."""
+
+    home: Path
+    headers: tuple[Header, ...]
+    config: TextConfig
+
+
+@dataclass(frozen=True, slots=True)
+class UpsamplerFile:
+    header: Header
+    config: UpsamplerConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
     checkpoint: Header
     config: ModelConfig
-    text_home: Path
-    text_headers: tuple[Header, ...]
-    text_config: "T5Config"
-    origins: Mapping[Path, Header] = field(default_factory=dict)
-    """By the path of a file that is still to be converted: the one it is converted from."""
+    text: TextFiles | None = None
+    upsampler: UpsamplerFile | None = None
+    derivations: Mapping[Path, Derivation] = field(default_factory=dict)
+    """By the path of a file that is still to be made: what it is made from."""
+    in_place: bool = False
+    """Files that are there already stay where they are."""
 
-    def origin(self, header: Header) -> Header:
-        """The file that is there, for one that will be in the bundle."""
-        return self.origins.get(header.path, header)
-
-    def converted(self, precision: Precision) -> "Sources":
-        """As if all files already had their float tensors in this type.
-
-        Raises:
-            UserError: a file cannot be converted.
-        """
-        before = (self.checkpoint, *self.text_headers)
-        after = tuple(convert.planned(header, precision) for header in before)
-        changed = {new.path: old for old, new in zip(before, after, strict=True) if new is not old}
-        return replace(self, checkpoint=after[0], text_headers=after[1:], origins=changed)
-
-    def weights(self, stage: str) -> dict[str, Weight]:
-        """The tensors of the stage's files, by name, where they will lie in the bundle."""
-        if stage != "text_encoder":
-            return weights_of(self.checkpoint, self.checkpoint.path.name)
-        found: dict[str, Weight] = {}
-        for header in self.text_headers:
-            found |= weights_of(header, f"{TEXT_FOLDER}/{header.path.name}")
-        return found
-
-    def noise_blocks(self) -> tuple[NoiseBlock, ...]:
-        return noise_blocks(self.config.vae)
-
-    def sizes(self) -> Sizes:
-        transformer, vae = self.config.transformer, self.config.vae
-        return Sizes(
-            transformer.in_channels,
-            transformer.out_channels,
-            transformer.caption_channels,
-            transformer.num_layers,
-            vae.latent_channels,
-            vae.timestep_conditioning,
-            tuple(NoiseInput(block.block, block.maps) for block in self.noise_blocks()),
+    def model(self, stg_mode: StgMode = "attention_values") -> Model:
+        return Model(
+            self.config,
+            self.text.config if self.text else TextConfig(),
+            stg_mode,
+            self.upsampler.config if self.upsampler else None,
         )
 
+    def derived(self, precision: Precision | None, adapters: Sequence[Adapter] = ()) -> "Sources":
+        """As if all files already had their float tensors in this type, and the LoRAs.
 
-def read(checkpoint: Path, text_encoder: Path, ignore: Collection[str]) -> Sources:
+        Raises:
+            UserError: a file cannot be converted, or a LoRA cannot be fused into it.
+        """
+        made: dict[Path, Derivation] = {}
+
+        def planned(header: Header, fused: Sequence[Adapter] = ()) -> Header:
+            target = derive.planned(header, precision, fused)
+            if target is not header:
+                made[target.path] = Derivation(header, target, tuple(fused))
+            return target
+
+        checkpoint = planned(self.checkpoint, adapters)
+        words = self.text and replace(self.text, headers=tuple(map(planned, self.text.headers)))
+        upsampler = self.upsampler and replace(
+            self.upsampler, header=planned(self.upsampler.header)
+        )
+        return replace(
+            self, checkpoint=checkpoint, text=words, upsampler=upsampler, derivations=made
+        )
+
+    def staying(self) -> "Sources":
+        """As if the files that are there stayed where they are."""
+        return replace(self, in_place=True)
+
+    def headers(self, stage: str) -> tuple[Header, ...]:
+        """The files that have the stage's weights.
+
+        Raises:
+            UserError: none were given.
+        """
+        if stage == "text_encoder":
+            if self.text is None:
+                raise UserError(
+                    "the stage text_encoder needs --text-encoder FOLDER; give it, or choose other "
+                    "stages with --stages"
+                )
+            return self.text.headers
+        if stage == "latent_upsampler":
+            if self.upsampler is None:
+                raise UserError("the stage latent_upsampler needs --upsampler FILE")
+            return self.upsampler.header, self.checkpoint
+        return (self.checkpoint,)
+
+    def key(self, header: Header) -> str:
+        """Under which the manifest will know the file."""
+        if self.in_place and header.path not in self.derivations:
+            return os.path.realpath(header.path)
+        inside = self.text is not None and header in self.text.headers
+        return f"{TEXT_FOLDER}/{header.path.name}" if inside else header.path.name
+
+    def weights(self, stage: str) -> dict[str, Weight]:
+        """The tensors of the stage's files, by name, where they will lie."""
+        found: dict[str, Weight] = {}
+        for header in reversed(self.headers(stage)):
+            found |= weights_of(header, self.key(header))
+        if stage == "text_encoder" and text.EMBED in found:
+            found.setdefault(text.SHARED, found[text.EMBED])
+        return found
+
+
+def read(
+    checkpoint: Path,
+    text_encoder: Path | None = None,
+    upsampler: Path | None = None,
+    ignore: Collection[str] = (),
+) -> Sources:
     """
     Raises:
-        UserError, CheckpointError: a file is damaged, or they do not fit each other.
+        UserError, CheckpointError: a file is damaged, or they are of different models.
     """
     header = read_header(checkpoint)
     config = read_config(header, ignore)
-    with torch.device("meta"):
-        wanted = LTXVideo(config).state_dict()
-    _check_fit(checkpoint, header.shapes(), wanted, UNUSED)
-    home = text.encoder_folder(text_encoder)
-    headers = text.weight_headers(home)
-    text_config = _text_config(home, headers, config.transformer.caption_channels)
-    return Sources(header, config, home, headers, text_config)
+    words = None if text_encoder is None else _text(text_encoder, config)
+    if upsampler is None:
+        return Sources(header, config, words)
+    found = read_header(upsampler)
+    table = read_upsampler_config(found, ignore)
+    check_latent_channels(table, config.vae.latent_channels)
+    return Sources(header, config, words, UpsamplerFile(found, table))
 
 
-def tokenizer(folder: Path, config: "T5Config", max_length: int) -> text.PromptTokenizer:
+def check_fit(found: Sources, stages: Collection[str], graphs: Graphs) -> None:
+    """Every weight that the stages want is there, in its shape, and nothing else.
+
+    Raises:
+        UserError: the first file that does not fit.
+    """
+    for stage in stages:
+        found.headers(stage)
+    if own := [stage for stage in stages if stage in PREFIXES]:
+        _check_checkpoint(found.checkpoint, own, graphs)
+    if "text_encoder" in stages and found.text is not None:
+        words = {name: w.info.shape for name, w in found.weights("text_encoder").items()}
+        _compare(found.text.home, words, graphs.weights("text_encoder"), {text.EMBED})
+    if "latent_upsampler" in stages and found.upsampler is not None:
+        header = found.upsampler.header
+        statistics = {n: s for n, s in found.checkpoint.shapes().items() if _is_statistic(n)}
+        wanted = graphs.weights("latent_upsampler")
+        _compare(header.path, header.shapes() | statistics, wanted, UNUSED)
+
+
+def _is_statistic(name: str) -> bool:
+    return name.startswith(STATISTICS)
+
+
+def _check_checkpoint(header: Header, stages: Sequence[str], graphs: Graphs) -> None:
+    wanted: dict[str, tuple[int, ...]] = {}
+    for stage in stages:
+        if not any(name.startswith(PREFIXES[stage]) for name in header.tensors):
+            raise UserError(
+                f"{header.path} has no {stage}: none of its {len(header.tensors):,} tensors begins "
+                f"with {PREFIXES[stage]}; choose other stages with --stages"
+            )
+        wanted |= graphs.weights(stage)
+    others = tuple(prefix for stage, prefix in PREFIXES.items() if stage not in stages)
+    shapes = {name: s for name, s in header.shapes().items() if not name.startswith(others)}
+    statistics = {name for name in shapes if _is_statistic(name)}
+    _compare(header.path, shapes, wanted, {*UNUSED, *statistics})
+
+
+def _compare(
+    path: Path,
+    found: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    ignored: Iterable[str],
+) -> None:
+    if wrong := difference(found, wanted, ignored):
+        raise UserError(f"{path} does not fit its configuration: {wrong}")
+
+
+def tokenizer(files: TextFiles, max_length: int) -> text.PromptTokenizer:
     """
     Raises:
         UserError, CheckpointError: there is none, or it is not the encoder's.
     """
-    found = text.load_tokenizer(folder, max_length)
+    found = text.load_tokenizer(files.home, max_length)
     words = found.tokenizer.get_vocab_size()
-    if words > config.vocab_size:
+    if words > files.config.vocab_size:
         raise UserError(
-            f"{folder}: the tokenizer has {words} words, the encoder {config.vocab_size}; "
-            "take both from one model"
+            f"{files.home}: the tokenizer has {words} words, the encoder "
+            f"{files.config.vocab_size}; take both from one model"
         )
     return found
 
 
-def precision(names: Iterable[str], weights: Mapping[str, Weight], stage: str) -> Precision:
-    """The one element type of these weights.
+def precision(found: Sources, stage: str, names: Iterable[str]) -> Precision:
+    """The one element type of these weights; 8-bit ones are widened to it by the graph.
 
     Raises:
         UserError: there are several, or it is one in which nothing can be computed.
     """
+    weights = found.weights(stage)
+    for header in found.headers(stage):
+        convert.check_kind(header, "cannot be exported")
     by_type: dict[str, list[str]] = {}
     for name in names:
-        if name in weights:
-            by_type.setdefault(weights[name].info.dtype, []).append(name)
-    counts = Counter({dtype: len(members) for dtype, members in by_type.items()})
+        by_type.setdefault(weights[name].info.dtype, []).append(name)
+    counts = Counter(
+        {dtype: len(members) for dtype, members in by_type.items() if dtype not in PLAIN}
+    )
+    if not counts:
+        raise UserError(
+            f"the weights of the {stage} are {', '.join(by_type)}, wanted "
+            f"{', '.join(PRECISIONS)}; convert them with --precision"
+        )
     (most, _), *fewer = counts.most_common()
     if fewer:
         odd = by_type[fewer[-1][0]][0]
@@ -136,46 +265,19 @@ def precision(names: Iterable[str], weights: Mapping[str, Weight], stage: str) -
     if most not in PRECISIONS:
         raise UserError(
             f"the weights of the {stage} are {most}, wanted {', '.join(PRECISIONS)}; "
-            "quantized checkpoints cannot be exported yet, take the float one"
+            "make them one of these with --precision"
         )
     return PRECISIONS[most]
 
 
-def _text_config(home: Path, headers: tuple[Header, ...], caption_channels: int) -> "T5Config":
-    from transformers import T5Config, T5EncoderModel
-
-    try:
-        table = json.loads((home / "config.json").read_bytes())
-        config = T5Config.from_dict(table)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{home}/config.json: {' '.join(str(error).split())}") from None
-    if table.get("model_type") != "t5":
+def _text(folder: Path, config: ModelConfig) -> TextFiles:
+    home = text.encoder_folder(folder)
+    headers = text.weight_headers(home)
+    found = text.read_text_config(home)
+    wanted = config.transformer.caption_channels
+    if found.d_model != wanted:
         raise UserError(
-            f"{home}/config.json: model_type is {table.get('model_type')!r}, wanted 't5'"
+            f"{home} has width {found.d_model}, the checkpoint reads text of width {wanted}; "
+            "use the text encoder that the checkpoint was trained with"
         )
-    if config.d_model != caption_channels:
-        raise UserError(
-            f"{home} has width {config.d_model}, the checkpoint reads text of width "
-            f"{caption_channels}; use the text encoder that the checkpoint was trained with"
-        )
-    config.is_decoder = config.use_cache = False
-    config._attn_implementation = "eager"
-    shapes = {name: shape for header in headers for name, shape in header.shapes().items()}
-    for name, twin in ((text.SHARED, text.EMBED), (text.EMBED, text.SHARED)):
-        if twin in shapes:
-            shapes.setdefault(name, shapes[twin])
-    with torch.device("meta"):
-        wanted = T5EncoderModel(config).state_dict()
-    _check_fit(home, shapes, wanted, ())
-    return config
-
-
-def _check_fit(
-    where: Path,
-    found: Mapping[str, tuple[int, ...]],
-    wanted: Mapping[str, torch.Tensor],
-    ignored: Iterable[str],
-) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    if wrong := difference(found, shapes, ignored):
-        raise UserError(f"{where} does not fit its configuration: {wrong}")
+    return TextFiles(home, headers, found)

@@ -3,27 +3,18 @@
 Modules are built on the meta device: they have shapes, names and a forward, and no bytes.
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ltx_ref.ltx_video.config import ModelConfig
+from ltx_export.graphs import Model
 from ltx_ref.ltx_video.model import LTXVideo
 from ltx_ref.ltx_video.transformer import StgMode
+from ltx_ref.ltx_video.upsampler import UpsamplerStage
 
 if TYPE_CHECKING:
-    from transformers import T5Config, T5EncoderModel
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """What the four stages are built from."""
-
-    config: ModelConfig
-    text_config: "T5Config"
-    stg_mode: StgMode
+    from transformers import T5EncoderModel
 
 
 class TextEncoder(nn.Module):
@@ -107,10 +98,12 @@ def build(stage: str, model: Model) -> nn.Module:
 
 
 def _build(stage: str, model: Model) -> nn.Module:
+    if stage == "latent_upsampler" and model.upsampler is not None:
+        return UpsamplerStage(model.upsampler)
     if stage == "text_encoder":
         from transformers import T5EncoderModel
 
-        return TextEncoder(T5EncoderModel(model.text_config))
+        return TextEncoder(T5EncoderModel(model.text.for_transformers()))
     whole = LTXVideo(model.config)
     if stage == "transformer":
         return Transformer(whole, model.stg_mode)

@@ -1,16 +1,9 @@
-"""The reference, run once on tensors without bytes, as an ONNX graph without weights.
-
-Every named axis of the stage table stays an axis: it is traced at a large prime, so that a size
-which was baked into the graph is a number that nothing else in a model explains
-(`invariants.py` looks for it).
-"""
+"""The reference, run once on tensors without bytes, as an ONNX graph without weights."""
 
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
@@ -18,75 +11,31 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from ltx_engines.stages import FLOAT, Stage, Tensor
+from ltx_engines.stages import Stage, Tensor
 from ltx_export import passes
+from ltx_export.axes import DERIVED, EXAMPLE, Derived
+from ltx_export.element_types import ONNX_TYPES, element_type
 
-OPSET = 20
-"""ONNX Runtime's CPU kernels and TensorRT 10 and 11 all run it."""
+OPSET = 23
+"""The first with Attention and RMSNormalization, which TensorRT runs as one kernel each."""
 
-EXAMPLE = MappingProxyType(
-    {
-        "batch": 1009,
-        "tokens": 10007,
-        "text": 1013,
-        "latent_frames": 1019,
-        "latent_height": 1021,
-        "latent_width": 1031,
-    }
-)
-"""The axes that are free, and the size at which each is traced: primes, above any model's widths'
-odd factors."""
+OWN = "float64"
+"""What the stage's own precision is called while it is traced (`element_types.py`)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Derived:
-    """An axis that follows another one: factor * root + offset."""
-
-    root: str
-    factor: int = 1
-    offset: int = 0
-
-    @property
-    def example(self) -> int:
-        return self.factor * EXAMPLE[self.root] + self.offset
-
-
-DERIVED: Mapping[str, Derived] = MappingProxyType(
-    {
-        # At run time this axis is 1 or `tokens`. The model never reshapes it, so a graph traced
-        # with one timestep for each token also broadcasts a single one.
-        "timesteps": Derived("tokens"),
-        "frames": Derived("latent_frames", 8, -7),
-        "height": Derived("latent_height", 32),
-        "width": Derived("latent_width", 32),
-    }
-)
-
-
-def noise_axes(scales: Mapping[int, int]) -> dict[str, Derived]:
-    """The axes of a noise input, `scales[block]` times the latent grid's."""
-    return {
-        f"{side}_{block}": Derived(f"latent_{side}", scale)
-        for block, scale in scales.items()
-        for side in ("height", "width")
-    }
-
-
-def trace(
-    module: nn.Module, stage: Stage, precision: str, derived: Mapping[str, Derived] = DERIVED
-) -> ir.Model:
+def trace(module: nn.Module, stage: Stage, derived: Mapping[str, Derived] = DERIVED) -> ir.Model:
     """The module as a graph. Its weights are initializers without values, under their own names.
 
-    Inputs and outputs have the names, axes and element types of the stage table.
+    Inputs and outputs have the names and axes of the stage table. Whatever is of the stage's own
+    precision is float64 until `element_types.settle`.
 
     Raises:
         AssertionError: the traced graph has other borders than the table.
     """
-    dtype = getattr(torch, precision)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        _fill(module, dtype)
-        examples = tuple(_example(tensor, precision, derived) for tensor in stage.inputs)
+        _fill(module)
+        examples = tuple(_example(tensor, derived) for tensor in stage.inputs)
     weights = set(module.state_dict())
     with _quiet():
         program = torch.export.export(
@@ -101,11 +50,11 @@ def trace(
     for name in weights & set(model.graph.initializers):
         model.graph.initializers[name].const_value = None
     passes.run(model, passes.ALL)
-    set_borders(model, stage, precision)
+    set_borders(model, stage)
     return model
 
 
-def set_borders(model: ir.Model, stage: Stage, precision: str) -> None:
+def set_borders(model: ir.Model, stage: Stage) -> None:
     """Name the graph, its inputs, outputs and their axes as in the table.
 
     Raises:
@@ -119,51 +68,36 @@ def set_borders(model: ir.Model, stage: Stage, precision: str) -> None:
         if len(tensors) != len(values):
             raise AssertionError(f"{stage.name}: {len(values)} tensors traced, not {len(tensors)}")
         for tensor, value in zip(tensors, values, strict=True):
-            _set_border(tensor, value, precision, stage.name)
+            _set_border(tensor, value, stage.name)
 
 
-def element_type(tensor: Tensor, precision: str) -> str:
-    """The concrete type of a tensor in a stage of this precision."""
-    return precision if tensor.dtype == FLOAT else tensor.dtype
-
-
-ONNX_TYPES = MappingProxyType(
-    {
-        "float32": ir.DataType.FLOAT,
-        "float16": ir.DataType.FLOAT16,
-        "bfloat16": ir.DataType.BFLOAT16,
-        "int64": ir.DataType.INT64,
-    }
-)
-
-
-def _set_border(tensor: Tensor, value: ir.Value, precision: str, stage: str) -> None:
+def _set_border(tensor: Tensor, value: ir.Value, stage: str) -> None:
     found = list(value.shape or ())
     wrong = len(found) != len(tensor.axes) or any(
         isinstance(axis, int) != isinstance(size, int) or (isinstance(axis, int) and axis != size)
         for axis, size in zip(tensor.axes, found, strict=True)
     )
-    if wrong or value.dtype != ONNX_TYPES[element_type(tensor, precision)]:
+    if wrong or value.dtype != ONNX_TYPES[element_type(tensor, OWN)]:
         raise AssertionError(
             f"{stage}: {tensor.name} was traced as {value.dtype} {found}, the table says "
-            f"{element_type(tensor, precision)} {list(tensor.axes)}"
+            f"{element_type(tensor, OWN)} {list(tensor.axes)}"
         )
     value.name = tensor.name
     value.shape = ir.Shape(tensor.axes)
 
 
-def _fill(module: nn.Module, dtype: torch.dtype) -> None:
-    """Give parameters and buffers fake tensors of the stage's type; shared ones stay shared."""
+def _fill(module: nn.Module) -> None:
+    """Give parameters and buffers fake tensors of the own type; shared ones stay shared."""
     fakes: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, weight in list(part.named_parameters(recurse=False)):
-            fake = nn.Parameter(torch.empty(weight.shape, dtype=dtype), requires_grad=False)
+            fake = nn.Parameter(torch.empty(weight.shape, dtype=torch.float64), requires_grad=False)
             part.register_parameter(name, fakes.setdefault(id(weight), fake))
         for name, buffer in list(part.named_buffers(recurse=False)):
-            part.register_buffer(name, torch.empty(buffer.shape, dtype=dtype))
+            part.register_buffer(name, torch.empty(buffer.shape, dtype=torch.float64))
 
 
-def _example(tensor: Tensor, precision: str, derived: Mapping[str, Derived]) -> torch.Tensor:
+def _example(tensor: Tensor, derived: Mapping[str, Derived]) -> torch.Tensor:
     sizes = [
         axis
         if isinstance(axis, int)
@@ -172,7 +106,7 @@ def _example(tensor: Tensor, precision: str, derived: Mapping[str, Derived]) -> 
         else EXAMPLE[axis]
         for axis in tensor.axes
     ]
-    return torch.empty(sizes, dtype=getattr(torch, element_type(tensor, precision)))
+    return torch.empty(sizes, dtype=getattr(torch, element_type(tensor, OWN)))
 
 
 def _dynamic_shapes(module: nn.Module, stage: Stage, derived: Mapping[str, Derived]) -> Any:

@@ -5,19 +5,27 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from types import MappingProxyType
 
+import numpy as np
 import onnx_ir as ir
-from torch import nn
 
+from ltx_engines.bundle import Precision
+from ltx_export.element_types import ONNX_TYPES
 from ltx_ref.checkpoint import Header, TensorInfo
 
 TYPES = MappingProxyType(
     {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 )
+PLAIN = MappingProxyType({"F8_E4M3": ir.DataType.FLOAT8E4M3FN})
+"""8-bit types whose numbers are the weights' values; the graph widens them where they are used."""
+
+ONE = "one"
+"""The scale of weights that have none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor of a file; `file` is its place relative to the bundle's folder."""
+    """A tensor of a file; `file` is its key in the manifest: a path inside the bundle, or an
+    absolute one of a file that stays where it is."""
 
     file: str
     info: TensorInfo
@@ -27,70 +35,84 @@ Weights = Mapping[str, Weight]
 
 
 def weights_of(header: Header, file: str) -> dict[str, Weight]:
-    """The tensors of a safetensors file that lies at `file` in the bundle."""
-    return {name: Weight(inside(file), info) for name, info in header.tensors.items()}
+    """The tensors of a safetensors file that has this key."""
+    return {name: Weight(file, info) for name, info in header.tensors.items()}
 
 
-def inside(file: str) -> str:
-    """The same path.
+def location(file: str) -> str:
+    """Where a graph says that the file is: inside the bundle, or in a folder that a session knows.
 
     Raises:
-        ValueError: it leads out of the bundle, where no ONNX runtime would follow it.
+        ValueError: a relative path leads out of the bundle, where no ONNX runtime would follow it.
     """
     path = PurePosixPath(file)
-    if path.is_absolute() or ".." in path.parts or str(path) != file:
+    if ".." in path.parts or str(path) != file:
         raise ValueError(f"{file!r} is not a path inside the bundle")
-    return file
+    return path.name if path.is_absolute() else file
 
 
-def twins(module: nn.Module) -> dict[str, str]:
-    """For each weight with two names in the module, both ways: one name to the other."""
-    names: dict[int, list[str]] = {}
-    for name, weight in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(weight), []).append(name)
-    pairs = [pair for pair in names.values() if len(pair) > 1]
-    return {a: b for first, second in pairs for a, b in ((first, second), (second, first))}
-
-
-def bind(model: ir.Model, weights: Weights, wanted: Iterable[str], twin: Mapping[str, str]) -> None:
+def bind(model: ir.Model, weights: Weights, precision: Precision) -> tuple[str, ...]:
     """Point every initializer without a value into the file that has a tensor of its name.
 
+    Returns the files that are needed.
+
     Raises:
-        AssertionError: one of the `wanted` weights is not in the graph, or one of the graph's is
-            not in a file or has another shape or type there.
+        AssertionError: one of the graph's weights is not in a file, or has another shape or type.
     """
-    initializers = model.graph.initializers
-    for value in list(initializers.values()):
+    files = set()
+    for value in list(model.graph.initializers.values()):
         if value.const_value is not None:
             continue
-        if value.name not in weights and (other := twin.get(str(value.name))) in weights:
-            value.name = other
-        value.const_value = _external(value, weights)
-    bound = names(model)
-    for name in wanted:
-        if name not in bound and twin.get(name) not in bound:
-            raise AssertionError(f"{name} is not a weight of the {model.graph.name} graph")
+        name = str(value.name)
+        if name not in weights:
+            raise AssertionError(f"{name} is a weight of the graph and not of the checkpoint")
+        weight = weights[name]
+        if weight.info.dtype in PLAIN:
+            _widen(model, value, precision, PLAIN[weight.info.dtype])
+        value.const_value = _external(value, weight)
+        files.add(weight.file)
+    return tuple(sorted(files))
 
 
-def _external(value: ir.Value, weights: Weights) -> ir.ExternalTensor:
-    name = str(value.name)
-    if name not in weights:
-        raise AssertionError(f"{name} is a weight of the graph and not of the checkpoint")
-    weight = weights[name]
-    shape = list(value.shape or ())
-    if shape != list(weight.info.shape) or value.dtype != TYPES.get(weight.info.dtype):
+def _external(value: ir.Value, weight: Weight) -> ir.ExternalTensor:
+    shape, dtype = list(value.shape or ()), (TYPES | PLAIN).get(weight.info.dtype)
+    if shape != list(weight.info.shape) or value.dtype != dtype or dtype is None:
         raise AssertionError(
-            f"{name} was traced as {value.dtype} {shape}, "
+            f"{value.name} was traced as {value.dtype} {shape}, "
             f"{weight.file} has {weight.info.dtype} {list(weight.info.shape)}"
         )
     return ir.ExternalTensor(
-        location=inside(weight.file),
+        location=location(weight.file),
         offset=weight.info.begin,
         length=weight.info.end - weight.info.begin,
-        dtype=TYPES[weight.info.dtype],
+        dtype=dtype,
         shape=ir.Shape(weight.info.shape),
-        name=name,
+        name=str(value.name),
     )
+
+
+def _widen(model: ir.Model, value: ir.Value, precision: Precision, stored: ir.DataType) -> None:
+    """Dequantize an 8-bit weight, in the graph, to the type of the stage."""
+    node = ir.node("DequantizeLinear", [value, _one(model, precision)])
+    node.name = f"{str(value.name).rpartition('.')[0]}/DequantizeLinear"
+    wide = node.outputs[0]
+    wide.name, wide.type, wide.shape = f"{node.name}:0", value.type, value.shape
+    for use in tuple(value.uses()):
+        if use.node is not node:
+            use.node.replace_input_with(use.idx, wide)
+    value.dtype = stored
+    model.graph.insert_before(model.graph[0], node)
+
+
+def _one(model: ir.Model, precision: Precision) -> ir.Value:
+    known = model.graph.initializers
+    if ONE not in known:
+        dtype = ONNX_TYPES[precision]
+        tensor = ir.Tensor(np.ones((), dtype.numpy()), dtype=dtype, name=ONE)
+        known[ONE] = ir.Value(
+            name=ONE, type=ir.TensorType(dtype), shape=ir.Shape([]), const_value=tensor
+        )
+    return known[ONE]
 
 
 def names(model: ir.Model) -> set[str]:
@@ -102,7 +124,6 @@ def names(model: ir.Model) -> set[str]:
     }
 
 
-def files(model: ir.Model) -> tuple[str, ...]:
-    """The files that the graph points into."""
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    return tuple(sorted({str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)}))
+def missing(wanted: Iterable[str], model: ir.Model) -> list[str]:
+    """The names that the graph should have as weights and has not."""
+    return sorted(set(wanted) - names(model))

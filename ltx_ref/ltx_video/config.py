@@ -24,6 +24,22 @@ VAE_PREFIX = "vae."
 TIME, SPACE = 8, 32
 """Pixels of one latent cell, in all releases: frames, and rows or columns."""
 
+UNUSED = frozenset(
+    f"{VAE_PREFIX}per_channel_statistics.{name}"
+    for name in ("channel", "mean-of-stds", "mean-of-stds_over_std-of-means")
+)
+"""Tensors that released files carry and no model reads."""
+
+Stride = tuple[int, int, int]
+
+STRIDES: Mapping[str, Stride] = MappingProxyType(
+    {
+        "compress_time": (2, 1, 1),
+        "compress_space": (1, 2, 2),
+        "compress_all": (2, 2, 2),
+    }
+)
+
 
 @dataclass(frozen=True, slots=True)
 class TransformerConfig:
@@ -88,6 +104,25 @@ class ModelConfig:
         if any(name.endswith("_res") for name in names):
             return "0.9.5"
         return "0.9.1" if self.vae.timestep_conditioning else "0.9"
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseBlock:
+    """A decoder block that adds noise: `maps` images, at `scale` times the latent grid's sides."""
+
+    block: int
+    maps: int
+    scale: int
+
+
+def noise_blocks(config: VAEConfig) -> tuple[NoiseBlock, ...]:
+    """The decoder blocks that add noise, in the order in which they are applied (VAE 0.9.1)."""
+    found, scale = [], 1
+    for index, (name, options) in enumerate(reversed(config.decoder_blocks)):
+        scale *= STRIDES.get(name, (1, 1, 1))[1]
+        if options.get("inject_noise"):
+            found.append(NoiseBlock(index, 2 * options["num_layers"], scale))
+    return tuple(found)
 
 
 # Options for which one value is implemented: that of every release. Absent is fine.

@@ -7,15 +7,9 @@ import torch
 from torch import nn
 
 from ltx_ref.checkpoint import load_weights, read_header
-from ltx_ref.ltx_video.config import ModelConfig, read_config
+from ltx_ref.ltx_video.config import UNUSED, ModelConfig, read_config
 from ltx_ref.ltx_video.transformer import Transformer
 from ltx_ref.ltx_video.vae import VideoVAE
-
-UNUSED = frozenset(
-    f"vae.per_channel_statistics.{name}"
-    for name in ("channel", "mean-of-stds", "mean-of-stds_over_std-of-means")
-)
-"""Tensors that released files carry and no model reads."""
 
 
 class DiffusionModel(nn.Module):

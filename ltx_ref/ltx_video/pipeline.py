@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ltx_ref.ltx_video.conditioning import LatentGrid, coordinates, unpatchify
-from ltx_ref.ltx_video.config import ModelConfig
+from ltx_ref.ltx_video.config import ModelConfig, noise_blocks
 from ltx_ref.ltx_video.guidance import Guidance, GuidedDenoiser, Prompts
 from ltx_ref.ltx_video.model import LTXVideo
 from ltx_ref.ltx_video.sampling import (
@@ -32,7 +32,6 @@ from ltx_ref.ltx_video.sampling import (
     stochastic,
 )
 from ltx_ref.ltx_video.transformer import StgMode
-from ltx_ref.ltx_video.vae import noise_blocks
 
 Draw = Callable[[tuple[int, ...]], Tensor]
 """The next standard normals, float32 of the wished shape."""

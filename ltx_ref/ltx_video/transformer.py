@@ -25,10 +25,16 @@ StgMode = Literal["attention_values", "attention_skip", "transformer_block"]
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """Where `keep` (B 1 1) is 0 the block is perturbed in this way; where it is 1 it is not."""
+    """Where `keep` (layers B 1 1) is 0 that block is perturbed; where it is 1 it is not."""
 
     keep: Tensor
+    perturb: Tensor
+    """1 - keep."""
+    layer: int
     mode: StgMode
+
+    def __call__(self, straight: Tensor, perturbed: Tensor) -> Tensor:
+        return self.keep[self.layer] * straight + self.perturb[self.layer] * perturbed
 
 
 class Transformer(nn.Module):
@@ -74,8 +80,10 @@ class Transformer(nn.Module):
         text = self.caption_projection(prompt_embeds)
         text_bias = ((1 - prompt_mask) * -10000.0)[:, None, None, :]
 
+        keep = skip_layer_mask[..., None, None]
+        perturb = 1 - keep
         for index, block in enumerate(self.transformer_blocks):
-            skip = Skip(skip_layer_mask[index][:, None, None], stg_mode)
+            skip = Skip(keep, perturb, index, stg_mode)
             x = block(x, text, text_bias, rope, modulation, skip)
 
         shift, scale = (row + embedded for row in self.scale_shift_table)
@@ -102,13 +110,12 @@ class Block(nn.Module):
         text: Tensor,
         text_bias: Tensor,
         rope: tuple[Tensor, Tensor],
-        modulation: tuple[Tensor, ...],
+        modulation: Tensor,
         skip: Skip,
     ) -> Tensor:
         start = x
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            row + part for row, part in zip(self.scale_shift_table, modulation, strict=True)
-        )
+        steered = modulation + self.scale_shift_table.flatten()
+        shift1, scale1, gate1, shift2, scale2, gate2 = steered.chunk(6, dim=-1)
 
         h = rms_norm(x, self.eps) * (1 + scale1) + shift1
         x = x + gate1 * self.attn1(h, h, rope=rope, skip=skip)
@@ -119,7 +126,7 @@ class Block(nn.Module):
         h = rms_norm(x, self.eps) * (1 + scale2) + shift2
         x = x + gate2 * self.ff(h)
         if skip.mode == "transformer_block":
-            x = skip.keep * x + (1 - skip.keep) * start
+            x = skip(x, start)
         return x
 
 
@@ -155,9 +162,9 @@ class Attention(nn.Module):
         )
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
         if skip is not None and skip.mode == "attention_values":
-            mixed = skip.keep * mixed + (1 - skip.keep) * values
+            mixed = skip(mixed, values)
         elif skip is not None and skip.mode == "attention_skip":
-            mixed = skip.keep * mixed + (1 - skip.keep) * x
+            mixed = skip(mixed, x)
         out: Tensor = self.to_out[0](mixed)
         return out
 
@@ -202,10 +209,10 @@ class AdaLayerNormSingle(nn.Module):
         self.emb = TimestepEmbedding(d)
         self.linear = nn.Linear(d, 6 * d)
 
-    def forward(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """B T -> B T D, and six of B T D: shift, scale, gate for attention, then for the MLP."""
+    def forward(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """B T -> B T D, and B T 6D: shift, scale, gate for attention, then for the MLP."""
         embedded = self.emb(timestep, dtype)
-        return embedded, self.linear(F.silu(embedded)).chunk(6, dim=-1)
+        return embedded, self.linear(F.silu(embedded))
 
 
 class TimestepEmbedding(nn.Module):
@@ -274,6 +281,7 @@ def rotary_table(coords: Tensor, config: TransformerConfig) -> tuple[Tensor, Ten
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate neighbouring pairs: (a, b) -> (a cos - b sin, b cos + a sin), in float32."""
     cos, sin = rope
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-second, first], dim=-1).flatten(-2)
-    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+    wide = x.float()
+    first, second = wide.unflatten(-1, (-1, 2)).split(1, dim=-1)
+    turned = torch.cat([-second, first], dim=-1).flatten(-2)
+    return (wide * cos + turned * sin).to(x.dtype)

@@ -7,7 +7,6 @@ Source: Lightricks/LTX-Video `ltx_video/models/autoencoders/causal_video_autoenc
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -15,35 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltx_ref.checkpoint import CheckpointError
-from ltx_ref.ltx_video.config import Block, PaddingMode, VAEConfig
+from ltx_ref.ltx_video.config import (
+    STRIDES,
+    Block,
+    PaddingMode,
+    Stride,
+    VAEConfig,
+    noise_blocks,
+)
 from ltx_ref.ltx_video.transformer import TimestepEmbedding
-
-Stride = tuple[int, int, int]
-
-STRIDES: dict[str, Stride] = {
-    "compress_time": (2, 1, 1),
-    "compress_space": (1, 2, 2),
-    "compress_all": (2, 2, 2),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class NoiseBlock:
-    """A decoder block that adds noise: `maps` images, at `scale` times the latent grid's sides."""
-
-    block: int
-    maps: int
-    scale: int
-
-
-def noise_blocks(config: VAEConfig) -> tuple[NoiseBlock, ...]:
-    """The decoder blocks that add noise, in the order in which they are applied (VAE 0.9.1)."""
-    found, scale = [], 1
-    for index, (name, options) in enumerate(reversed(config.decoder_blocks)):
-        scale *= STRIDES.get(name, (1, 1, 1))[1]
-        if options.get("inject_noise"):
-            found.append(NoiseBlock(index, 2 * options["num_layers"], scale))
-    return tuple(found)
 
 
 class VideoVAE(nn.Module):

@@ -50,7 +50,8 @@ def _tensors(tensors: tuple[TensorEntry, ...]) -> str:
 
 def _files(bundle: Bundle) -> Iterator[tuple[str, str]]:
     for name, entry in bundle.manifest.files.items():
-        yield name, f"{_mib(entry.bytes)}, sha256 {entry.sha256[:12]}"
+        known = f"sha256 {entry.sha256[:12]}" if entry.sha256 else "not hashed (ltx-export seal)"
+        yield name, f"{_mib(entry.bytes)}, {known}"
 
 
 def _pairs(title: str, rows: Iterator[tuple[str, str]]) -> Table:

@@ -10,6 +10,7 @@ from ltx_trt import SEED
 from ltx_trt.guidance import Blocks, Guidance, PerStep
 from ltx_trt.sampler import SAMPLERS
 from ltx_trt.schedule import Steps
+from ltx_trt.tokens import tokenizer_entry
 
 T = TypeVar("T")
 
@@ -121,7 +122,7 @@ def resolve(
 
 
 def _fixed_length(config: PipelineConfig, bundle: Bundle) -> tuple[str, ...]:
-    baked = bundle.manifest.tokenizer.max_length
+    baked = tokenizer_entry(bundle).max_length
     if config.text_encoder_max_tokens in (None, baked):
         return ()
     return (f"text_encoder_max_tokens has no effect: this bundle was exported with {baked}",)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ltx_engines.bundle import Bundle
+from ltx_engines.bundle import Bundle, TokenizerEntry
 from ltx_engines.errors import UserError
 
 
@@ -22,10 +22,23 @@ class Tokens:
         return (f"the {name} has {self.found} tokens, the last {self.found - length} are cut off",)
 
 
+def tokenizer_entry(bundle: Bundle) -> TokenizerEntry:
+    """
+    Raises:
+        UserError: the bundle was made without a text encoder.
+    """
+    if (entry := bundle.manifest.tokenizer) is None:
+        raise UserError(
+            f"{bundle.path} has no text encoder; export it with one: "
+            "ltx-export onnx ... --text-encoder FOLDER"
+        )
+    return entry
+
+
 def load_tokenizer(bundle: Bundle) -> Callable[[str], Tokens]:
     from tokenizers import Tokenizer
 
-    entry = bundle.manifest.tokenizer
+    entry = tokenizer_entry(bundle)
     file = bundle.file(entry.file)
     try:
         tokenizer = Tokenizer.from_buffer(file.read_bytes())

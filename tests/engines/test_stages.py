@@ -1,8 +1,19 @@
+from dataclasses import replace
 from itertools import product
 
 import pytest
 
-from ltx_engines.stages import FLOAT, STAGES, NoiseInput, Sizes, Stage, check_feeds, ltx_video
+from ltx_engines.stages import (
+    FLOAT,
+    OPTIONAL,
+    STAGES,
+    NoiseInput,
+    Sizes,
+    Stage,
+    Upsampling,
+    check_feeds,
+    ltx_video,
+)
 
 SIZES = Sizes(
     in_channels=12,
@@ -12,9 +23,11 @@ SIZES = Sizes(
     latent_channels=12,
     timestep_conditioning=True,
     noise_inputs=(NoiseInput(0, 4), NoiseInput(2, 2)),
+    upsampling=Upsampling(spatial=True, temporal=False),
 )
 
 TABLES = ltx_video(SIZES)
+ALL = (*STAGES, *OPTIONAL)
 
 
 def shapes(stage: Stage) -> dict[str, tuple[int, ...]]:
@@ -35,11 +48,11 @@ def names(stage: str, tables: dict[str, Stage] = TABLES) -> list[str]:
 
 
 def test_a_family_has_every_stage_under_its_own_name() -> None:
-    assert tuple(TABLES) == STAGES
+    assert set(TABLES) == set(ALL)
     assert all(stage.name == name for name, stage in TABLES.items())
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", ALL)
 def test_every_output_axis_is_fixed_or_has_a_written_name(name: str) -> None:
     stage = TABLES[name]
     tensors = list(stage.tensors())
@@ -49,7 +62,7 @@ def test_every_output_axis_is_fixed_or_has_a_written_name(name: str) -> None:
         assert all(a > 0 if isinstance(a, int) else a.isidentifier() for a in tensor.axes)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", ALL)
 def test_feeds_made_from_the_table_pass(name: str) -> None:
     check(TABLES[name], shapes(TABLES[name]))
 
@@ -83,7 +96,7 @@ def test_a_size_that_differs_names_the_tensor_the_axis_and_where_the_other_was_s
         check(TABLES["transformer"], feeds)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", ALL)
 def test_one_axis_too_many_is_refused(name: str) -> None:
     stage = TABLES[name]
     for tensor in stage.inputs:
@@ -93,7 +106,7 @@ def test_one_axis_too_many_is_refused(name: str) -> None:
             check(stage, feeds)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_missing_and_an_unknown_name_are_both_said(name: str) -> None:
     stage = TABLES[name]
     for tensor in stage.inputs:
@@ -118,6 +131,33 @@ def test_the_decoder_asks_for_what_the_checkpoint_needs_and_nothing_else() -> No
         sizes = Sizes(12, 12, 20, 3, 12, timestep, noises)
         expected = ["latents"] + ["timestep"] * timestep + [n.name for n in noises]
         assert names("vae_decoder", ltx_video(sizes)) == expected
+
+
+def test_without_an_upsampler_the_stages_are_those_of_the_base_pipeline() -> None:
+    assert tuple(ltx_video(replace(SIZES, upsampling=None))) == STAGES
+    assert tuple(TABLES) == (*STAGES[:2], *OPTIONAL, *STAGES[2:]), "not in order of use"
+
+
+@pytest.mark.parametrize(
+    ("spatial", "temporal", "grid"),
+    [
+        (True, False, ("latent_frames", "upsampled_height", "upsampled_width")),
+        (False, True, ("upsampled_frames", "latent_height", "latent_width")),
+        (True, True, ("upsampled_frames", "upsampled_height", "upsampled_width")),
+    ],
+)
+def test_an_upsampler_renames_the_axes_that_it_doubles_and_no_other(
+    spatial: bool, temporal: bool, grid: tuple[str, ...]
+) -> None:
+    stage = ltx_video(replace(SIZES, upsampling=Upsampling(spatial, temporal)))["latent_upsampler"]
+    (latents,), (upsampled,) = stage.inputs, stage.outputs
+    assert latents == TABLES["vae_decoder"].inputs[0], "it takes what the decoder takes"
+    assert upsampled.axes == (*latents.axes[:2], *grid)
+
+
+def test_an_upsampler_that_doubles_nothing_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="doubles nothing"):
+        Upsampling(spatial=False, temporal=False)
 
 
 def test_a_decoders_noise_has_its_own_size_at_each_level() -> None:

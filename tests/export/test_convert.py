@@ -1,80 +1,154 @@
-"""A checkpoint in another float type, written without ever being in memory as a whole."""
+"""What a header says about the numbers, and casts that are those of torch, bit by bit."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from ltx_engines.bundle import Precision
 from ltx_engines.errors import UserError
 from ltx_export import convert
-from ltx_ref.checkpoint import read_header
+from ltx_ref.checkpoint import Header, read_header
 from ltx_ref.ltx_video import model
 from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
 from tests.export.checkpoints import config, write_checkpoint
 from tests.export.conftest import Files, export
 
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        "b.weight": torch.randn(5, 7, generator=generator).bfloat16(),
-        "a.weight": torch.randn(3, generator=generator),
-        "scalar": torch.tensor(1000.0, dtype=torch.float16),
-        "steps": torch.arange(4),
-    }
-    save_file(tensors, tmp_path / "model.safetensors", {"config": "{}"})
-    return tmp_path / "model.safetensors"
+TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BLOCK = "model.diffusion_model.transformer_blocks.0.attn1.to_q.weight"
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
-def test_the_planned_header_is_that_of_the_written_file(
-    checkpoint: Path, precision: Precision
-) -> None:
-    source = read_header(checkpoint)
-    target = convert.planned(source, precision)
-    path = checkpoint.with_name(target.path.name)
-    convert.write(source, target, path)
-    assert path.name == f"model.{precision}.safetensors"
-    assert read_header(path) == target
+def header(
+    folder: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> Header:
+    """A file with a float block weight that `tensors` replace or join."""
+    save_file({BLOCK: torch.ones(2, 2), **tensors}, folder / "a.safetensors", metadata)
+    return read_header(folder / "a.safetensors")
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
-def test_numbers_and_metadata_are_those_of_a_plain_cast(
-    checkpoint: Path, precision: Precision
-) -> None:
-    source = read_header(checkpoint)
-    target = convert.planned(source, precision)
-    convert.write(source, target, checkpoint.with_name("out.safetensors"))
-    before, after = load_file(checkpoint), load_file(checkpoint.with_name("out.safetensors"))
-    for name, tensor in before.items():
-        wanted = tensor.to(getattr(torch, precision)) if tensor.is_floating_point() else tensor
-        assert torch.equal(after[name], wanted)
-        assert after[name].dtype == wanted.dtype
-    assert target.metadata == {"config": "{}"}
+def numbers() -> torch.Tensor:
+    """All 65536 bfloat16 that are not NaN, and as many float32 at and around halves of a step."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).float()
+    bits = torch.randint(-(2**31), 2**31 - 1, (2**16,), generator=torch.Generator().manual_seed(0))
+    ties = bits.to(torch.int32) & ~0xFFFF | 0x8000
+    found = torch.cat([every, ties.view(torch.float32), (ties + 1).view(torch.float32)])
+    return found[found.isfinite()]
 
 
-def test_a_file_that_has_the_type_already_is_its_own_plan(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(2), "n": torch.arange(2)}, tmp_path / "a.safetensors")
-    source = read_header(tmp_path / "a.safetensors")
-    assert convert.planned(source, "float32") is source
+@pytest.mark.parametrize("source", sorted(TORCH))
+@pytest.mark.parametrize("target", sorted(TORCH))
+def test_a_cast_is_torchs_cast_bit_by_bit(source: str, target: str) -> None:
+    before = numbers().to(TORCH[source])
+    wanted = before.to(TORCH[target])
+    kept = before.isfinite() & wanted.isfinite()
+    before, wanted = before[kept], wanted[kept]
+    raw = before.view(torch.uint8).numpy().view(convert.NUMPY[source])
+    assert kept.sum() > 2**16
+    assert np.array_equal(
+        convert.cast(raw, target, "").view(np.uint8), wanted.view(torch.uint8).numpy()
+    )
 
 
-def test_a_number_too_large_for_float16_is_named(tmp_path: Path) -> None:
-    save_file({"x.weight": torch.tensor([1.0, 1e6])}, tmp_path / "a.safetensors")
-    source = read_header(tmp_path / "a.safetensors")
-    target = convert.planned(source, "float16")
-    with pytest.raises(UserError, match=r"x\.weight reaches 1e\+06.*float32"):
-        convert.write(source, target, tmp_path / "b.safetensors")
+@pytest.mark.parametrize("target", sorted(TORCH))
+def test_every_plain_8_bit_number_is_exact_in_every_float_type(target: str) -> None:
+    every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    cast = convert.cast(every, target, "").astype(np.float32)
+    assert np.array_equal(cast, every.astype(np.float32), equal_nan=True)
+    torchs = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(TORCH[target])
+    assert np.array_equal(cast, torchs.float().numpy(), equal_nan=True)
 
 
-def test_a_quantized_checkpoint_is_not_converted(tmp_path: Path) -> None:
-    tensors = {"x.weight": torch.ones(4).to(torch.float8_e4m3fn)}
-    save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match=r"x\.weight is F8_E4M3"):
-        convert.planned(read_header(tmp_path / "a.safetensors"), "float32")
+def test_infinity_and_not_a_number_stay_what_they_are() -> None:
+    given = np.array([np.inf, -np.inf, np.nan, 1.0], np.float32)
+    for target in TORCH:
+        cast = convert.cast(given, target, "").astype(np.float32)
+        assert np.array_equal(cast, given, equal_nan=True)
+
+
+def test_numbers_that_already_have_the_type_are_not_copied() -> None:
+    given = np.ones(3, np.float16)
+    assert convert.cast(given, "F16", "") is given
+
+
+@pytest.mark.parametrize("target", ["F16", "BF16"])
+def test_the_first_number_that_rounds_to_infinity_is_refused(target: str) -> None:
+    info = torch.finfo(TORCH[target])
+    half_a_step = (info.max - torch.nextafter(torch.tensor(info.max, dtype=TORCH[target]),
+                   torch.tensor(0.0, dtype=TORCH[target])).item()) / 2  # fmt: skip
+    over = np.array([info.max + half_a_step], np.float64).astype(np.float32)
+    below = np.nextafter(over, np.float32(0))
+    assert convert.cast(below, target, "").astype(np.float64) == info.max
+    with pytest.raises(UserError, match=r"x\.weight reaches .*e\+.* ends at .*--precision float32"):
+        convert.cast(over, target, "x.weight")
+
+
+def test_tensors_are_read_from_any_place_to_any_place(tmp_path: Path) -> None:
+    tensor = torch.randn(7, 5).bfloat16()
+    found = header(tmp_path, {"x": tensor}).tensors["x"]
+    with (tmp_path / "a.safetensors").open("rb") as file:
+        part = convert.read(file, found, 10, 20).astype(np.float32)
+        assert np.array_equal(part, tensor[2:4].flatten().float().numpy())
+        assert convert.read(file, found).size == 35
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_not_half_a_tensor(tmp_path: Path) -> None:
+    found = header(tmp_path, {"x": torch.ones(9)}).tensors["x"]
+    short = tmp_path / "short"
+    short.write_bytes((tmp_path / "a.safetensors").read_bytes()[: found.end - 1])
+    with short.open("rb") as file, pytest.raises(UserError, match="short became shorter"):
+        convert.read(file, found)
+
+
+def test_a_float_file_is_float(tmp_path: Path) -> None:
+    found = convert.kind(header(tmp_path, {"n": torch.arange(3), "h": torch.ones(3).half()}))
+    assert found.name == "float"
+    assert found.means_itself
+    assert "1 F16, 1 F32" in found.sentence
+
+
+def test_a_published_fp8_file_is_recognised_as_plain(tmp_path: Path) -> None:
+    eight = torch.ones(2, 2).to(torch.float8_e4m3fn)
+    found = convert.kind(header(tmp_path, {BLOCK: eight, "b": torch.ones(2)}))
+    assert found.name == "fp8_plain"
+    assert found.means_itself
+    assert "1 F32, 1 F8_E4M3" in found.sentence
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        *("x.weight_scale", "x.weight_scale_2", "x.scale_weight", "x.input_scale"),
+        *("x.weight_scale_inv", "scaled_fp8", "x.pre_quant_scale", "x.comfy_quant"),
+    ],
+)
+def test_a_file_with_scales_is_refused_by_name(tmp_path: Path, scale: str) -> None:
+    eight = torch.ones(2, 2).to(torch.float8_e4m3fn)
+    found = header(tmp_path, {"x.weight": eight, scale: torch.ones(())})
+    assert convert.kind(found).name == "scaled"
+    with pytest.raises(UserError, match=rf"bfloat16: .*scales \({scale}\).*start from the"):
+        convert.types(found, "bfloat16")
+
+
+def test_metadata_that_tell_of_quantization_count_too(tmp_path: Path) -> None:
+    found = header(tmp_path, {}, {"_quantization_metadata": "{}"})
+    assert convert.kind(found).name == "scaled"
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.int8, torch.uint8])
+def test_weights_in_other_types_are_refused_by_name(tmp_path: Path, dtype: torch.dtype) -> None:
+    found = header(tmp_path, {"x.weight": torch.ones(2, 2).to(dtype)})
+    assert convert.kind(found).name == "unsupported"
+    with pytest.raises(UserError, match=r"x\.weight is (F8_E5M2|I8|U8)"):
+        convert.types(found, "float32")
+
+
+def test_without_a_precision_no_type_changes_whatever_the_file_is(tmp_path: Path) -> None:
+    weight = torch.ones(2, 2).to(torch.int8)
+    found = header(tmp_path, {"x.weight": weight, "x.weight_scale": torch.ones(1)})
+    assert convert.types(found, None) == {n: info.dtype for n, info in found.tensors.items()}
 
 
 def test_a_bfloat16_checkpoint_runs_on_the_cpu_after_conversion(

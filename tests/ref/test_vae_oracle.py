@@ -9,8 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltx_ref.ltx_video.config import VAE_GENERATIONS, Block, Generation, VAEConfig
-from ltx_ref.ltx_video.vae import VideoVAE, noise_blocks
+from ltx_ref.ltx_video.config import (
+    VAE_GENERATIONS,
+    Block,
+    Generation,
+    VAEConfig,
+    noise_blocks,
+)
+from ltx_ref.ltx_video.vae import VideoVAE
 from tests.ref.oracles import ORIGINAL_MISSING, TOLERANCE, difference, normals, randomize
 
 GENERATIONS: tuple[Generation, ...] = get_args(Generation)

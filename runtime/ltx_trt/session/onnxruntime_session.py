@@ -6,6 +6,7 @@ import ctypes
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import PurePath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,10 +21,14 @@ if TYPE_CHECKING:
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
-RUN_MANY_TIMES = frozenset({"transformer"})
-"""Stages whose weights are worth repacking. Without it a session maps the checkpoint and is there
-at once: 60 MatMuls of 1024 x 1024 load in 5 ms instead of 200, and run 25 % slower (2 cores,
-onnxruntime 1.31)."""
+AS_THEY_LIE = (("session.disable_prepacking", "1"),)
+FOLDING = "ConstantFolding"
+"""Weights are used as they lie in the mapped file: not repacked, and their transposes not computed
+beforehand but fused into the product. The session is there at once and no step is slower
+(`benchmarks/load.py`)."""
+
+FOLDER = "session.model_external_initializers_file_folder_path"
+"""Where a graph that is given as bytes has its weights."""
 
 BFLOAT16 = 16
 """ONNX's number for it; NumPy has no such type."""
@@ -58,8 +63,12 @@ class OnnxRuntimeSession:
             _check_cpu(stage, entry)
         file = bundle.file(entry.file)
         with _told(f"stage {stage}: cannot load {file}"):
+            options = _options(ort, threads)
             session = ort.InferenceSession(
-                str(file), sess_options=_options(ort, stage, threads), providers=chosen
+                _graph(bundle, entry, options),
+                sess_options=options,
+                providers=chosen,
+                disabled_optimizers=[FOLDING],
             )
         _check_provider(stage, entry, chosen[0], session.get_providers()[0])
         _check_names(stage, entry, session, str(file))
@@ -146,14 +155,30 @@ def _check_provider(stage: str, entry: StageEntry, wished: str, found: str) -> N
         _check_cpu(stage, entry)
 
 
-def _options(ort: Any, stage: str, threads: int | None) -> Any:
+def _options(ort: Any, threads: int | None) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors come as exceptions, once is enough
     if threads is not None:
         options.intra_op_num_threads = threads
-    if stage not in RUN_MANY_TIMES:
-        options.add_session_config_entry("session.disable_prepacking", "1")
+    for name, value in AS_THEY_LIE:
+        options.add_session_config_entry(name, value)
     return options
+
+
+def _graph(bundle: Bundle, entry: StageEntry, options: Any) -> str | bytes:
+    """The graph's file or, if its weights lie in another folder, its bytes and where that is.
+
+    They are mapped there. (`add_external_initializers` would take them from anywhere, and copy.)
+    """
+    file = bundle.file(entry.file)
+    homes = {bundle.file(name).parent for name in entry.weights if PurePath(name).is_absolute()}
+    if not homes:
+        return str(file)
+    if len(homes) > 1:
+        listed = ", ".join(sorted(map(str, homes)))
+        raise UserError(f"{file} has weights in {listed}; they must lie in one folder")
+    options.add_session_config_entry(FOLDER, str(*homes))
+    return file.read_bytes()
 
 
 def _check_names(

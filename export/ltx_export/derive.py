@@ -1,0 +1,224 @@
+"""A safetensors file made from another: its numbers in another type, LoRAs added to its weights.
+
+What the new file will look like is known from headers alone, so that a graph can be bound to it
+before it is there. It is written piece by piece; a fused weight is rounded once, at the end:
+
+    new = round(float32(old) + sum of strength * alpha / rank * (B @ A))
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO, TypeVar
+from uuid import uuid4
+
+import numpy as np
+
+from ltx_engines.bundle import Precision
+from ltx_engines.errors import UserError
+from ltx_export import convert
+from ltx_export.convert import Numbers
+from ltx_export.lora import Adapter, Patch
+from ltx_ref.checkpoint import BITS, Header, TensorInfo, read_header
+
+PROVENANCE = "ltx_trt.lora"
+"""Key of the metadata: which LoRAs the weights contain, as a JSON list."""
+
+PIECE = 1 << 22
+"""Numbers in memory at once: 16 MiB in float32, and a few such arrays at a time."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Bytes of the new file: written, and in all."""
+
+    done: int
+    total: int
+
+
+def planned(
+    header: Header, precision: Precision | None = None, adapters: Sequence[Adapter] = ()
+) -> Header:
+    """The header of the file that `write` will make; the given one if there is nothing to do.
+
+    Raises:
+        UserError: the file is quantized.
+    """
+    types = convert.types(header, precision)
+    changed = any(types[name] != info.dtype for name, info in header.tensors.items())
+    if not adapters and not changed:
+        return header
+    if adapters:
+        _check_fusible(header, types, adapters)
+    words = [header.path.stem, "lora" if adapters else None, precision if changed else None]
+    path = header.path.with_name(".".join(word for word in words if word) + ".safetensors")
+    metadata = MappingProxyType({**header.metadata, **_provenance(header, adapters)})
+    bare = Header(path, MappingProxyType(_layout(header, types, 0)), metadata)
+    tensors = _layout(header, types, len(head(bare)))
+    return Header(path, MappingProxyType(tensors), metadata)
+
+
+def write(
+    source: Header, target: Header, path: Path, adapters: Sequence[Adapter] = ()
+) -> Generator[Progress, None, str]:
+    """Write the file that `target`, from `planned(source, ...)`, describes; return its sha256.
+
+    It appears at `path` when it is complete. Whoever stops earlier leaves nothing behind.
+
+    Raises:
+        UserError: a number is too large for the new type, a LoRA is damaged, or the disk is full.
+    """
+    total = size(target)
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
+    digest = hashlib.sha256()
+    _check_unchanged(source)
+    _check_room(path, total)
+    try:
+        with source.path.open("rb") as file, _told(path), partial.open("xb") as out:
+            for piece in _pieces(file, source, target, adapters):
+                out.write(piece)
+                digest.update(piece)
+                yield Progress(out.tell(), total)
+            out.flush()
+            os.fsync(out.fileno())  # a kept file is trusted later without being read
+        with _told(path):
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return digest.hexdigest()
+
+
+def finish(work: Generator[Any, None, T]) -> T:
+    """Do all of it without looking at its progress."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
+def size(header: Header) -> int:
+    """Bytes of the whole file."""
+    return max((info.end for info in header.tensors.values()), default=len(head(header)))
+
+
+def head(header: Header) -> bytes:
+    """The length and the JSON header, padded so that the data begin at a multiple of eight."""
+    metadata = dict(header.metadata)
+    table: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    start = min((info.begin for info in header.tensors.values()), default=0)
+    for name, info in _in_order(header):
+        offsets = [info.begin - start, info.end - start]
+        table[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _in_order(header: Header) -> list[tuple[str, TensorInfo]]:
+    """As the data lie in the file; of tensors without data, which share a place, as named."""
+    return sorted(header.tensors.items(), key=lambda item: (item[1].begin, item[1].end))
+
+
+def _layout(header: Header, types: Mapping[str, str], start: int) -> dict[str, TensorInfo]:
+    """Wide types first, so that every number is aligned; otherwise in the old file's order."""
+    tensors = {}
+    for name, info in sorted(_in_order(header), key=lambda item: -BITS[types[item[0]]]):
+        end = start + prod(info.shape) * BITS[types[name]] // 8
+        tensors[name] = TensorInfo(types[name], info.shape, start, end)
+        start = end
+    return tensors
+
+
+def _provenance(header: Header, adapters: Sequence[Adapter]) -> dict[str, str]:
+    if not adapters:
+        return {}
+    try:
+        before = list(json.loads(header.metadata.get(PROVENANCE, "[]")))
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{header.path}: its metadata {PROVENANCE} is not a JSON list; start from the original"
+        ) from None
+    after = [
+        {"file": adapter.path.name, "sha256": adapter.sha256, "strength": adapter.strength}
+        for adapter in adapters
+    ]
+    return {PROVENANCE: json.dumps([*before, *after])}
+
+
+def _check_fusible(header: Header, types: Mapping[str, str], adapters: Sequence[Adapter]) -> None:
+    """A LoRA goes into float weights; what is to be quantized is quantized afterwards."""
+    convert.check_kind(header, "takes no LoRA")
+    for name in (name for adapter in adapters for name in adapter.patches):
+        if types[name] not in convert.FLOATS:
+            raise UserError(
+                f"{header.path}: {name} is {types[name]}, a LoRA is fused into float weights; "
+                "add --precision bfloat16, or start from the bfloat16 checkpoint"
+            )
+
+
+def _check_unchanged(source: Header) -> None:
+    if read_header(source.path) != source:
+        raise UserError(f"{source.path} has changed since it was looked at; start again")
+
+
+def _check_room(path: Path, needed: int) -> None:
+    if needed > (free := shutil.disk_usage(path.parent).free):
+        raise UserError(f"{path} needs {needed:,} bytes, {path.parent} has {free:,} left")
+
+
+def _pieces(
+    file: BinaryIO, source: Header, target: Header, adapters: Sequence[Adapter]
+) -> Iterator[memoryview]:
+    yield memoryview(head(target))
+    for name, info in _in_order(target):
+        patches = [patch for adapter in adapters for patch in adapter.patches.get(name, ())]
+        what = f"{source.path}: {name}{' with its LoRA' if patches else ''}"
+        for numbers in _numbers(file, source.tensors[name], patches):
+            yield convert.cast(numbers, info.dtype, what).view(np.uint8).data
+
+
+def _numbers(file: BinaryIO, info: TensorInfo, patches: Sequence[Patch]) -> Iterator[Numbers]:
+    """The tensor, flattened, in pieces; whole rows of it if there is something to add."""
+    count, row = prod(info.shape), prod(info.shape[1:]) if patches else 1
+    step = max(1, PIECE // max(1, row)) * row
+    for begin in range(0, count, max(1, step)):
+        end = min(begin + step, count)
+        numbers = convert.read(file, info, begin, end)
+        yield _fused(numbers, patches, begin // row, end // row) if patches else numbers
+
+
+def _fused(numbers: Numbers, patches: Sequence[Patch], begin: int, end: int) -> Numbers:
+    """Rows `begin` to `end` of a weight with everything added that belongs to them."""
+    wide = numbers if numbers.dtype == np.float64 else convert.cast(numbers, "F32", "")
+    with np.errstate(over="ignore", invalid="ignore"):
+        change = patches[0].rows(begin, end)
+        for patch in patches[1:]:
+            change = change + patch.rows(begin, end)
+        fused: Numbers = wide + change
+    if not np.isfinite(change).all():
+        files = ", ".join(sorted({str(patch.path) for patch in patches}))
+        raise UserError(
+            f"{files}: what {patches[0].key} adds is not finite; "
+            "lower the strength, or download the file again"
+        )
+    return fused
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What the operating system refuses, a user can mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

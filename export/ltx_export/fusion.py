@@ -1,0 +1,37 @@
+"""`ltx-export lora`: LoRAs looked at, or fused into a checkpoint that other tools read too."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ltx_engines.errors import UserError
+from ltx_export import derive, lora
+from ltx_ref.checkpoint import read_header
+
+
+def lines(words: Sequence[str], checkpoint: Path | None) -> Iterator[str]:
+    """What each LoRA is and, given a checkpoint, whether it fits."""
+    header = None if checkpoint is None else read_header(checkpoint)
+    for wish in lora.parse(words):
+        yield from lora.lines(wish.path, header)
+
+
+def fuse(words: Sequence[str], checkpoint: Path, out: Path) -> Iterator[str]:
+    """Write the checkpoint with the LoRAs in it; yields how far it is.
+
+    Raises:
+        UserError, CheckpointError: a LoRA does not fit, or there is something at `out`.
+    """
+    yield "reading"
+    header = read_header(checkpoint)
+    adapters = lora.read(lora.parse(words), header)
+    if os.path.lexists(out):
+        raise UserError(f"{out} is there already; choose another name")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"{out}: there is no folder {out.absolute().parent}; create it first")
+    target, last = derive.planned(header, adapters=adapters), -1
+    for progress in derive.write(header, target, out, adapters):
+        percent = 100 * progress.done // max(progress.total, 1)
+        if percent > last:
+            yield f"writing {out.name}: {percent} %"
+            last = percent

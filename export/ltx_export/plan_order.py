@@ -1,0 +1,123 @@
+"""What a plan is asked: clips, precisions, GPUs, and what they mean for the weights of a stage."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from types import MappingProxyType
+
+from ltx_engines.bundle import Precision as FloatType
+from ltx_engines.errors import UserError, nearest
+from ltx_engines.shapes import VideoShape
+from ltx_engines.targets import PRECISIONS, Precision
+from ltx_ref.checkpoint import TensorInfo
+
+FLOATS: Mapping[Precision, FloatType] = MappingProxyType(
+    {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+)
+OWN: Mapping[str, Precision] = MappingProxyType(
+    {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "I8": "int8"}
+)
+"""Element types of safetensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the user asked for. Shapes are `WxHxF` or `WxHxF..WxHxF`; the largest one counts.
+
+    `precision` is the transformer's; None takes its weights as they are. `branches` are the
+    transformer's passes of one step: the prompt's, and one each for CFG and STG. `per_token` plans
+    a timestep for each token, as conditioning on images needs it.
+    """
+
+    shapes: tuple[str, ...] = ("1216x704x121",)
+    precision: str | None = None
+    rest_precision: str = "bf16"
+    gpus: tuple[str, ...] = ()
+    steps: int = 40
+    branches: int = 3
+    text: int = 256
+    per_token: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("steps", self.steps), ("branches", self.branches)):
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """How the weights of a stage are stored, and in what its products are computed."""
+
+    stored: Precision
+    computed: Precision
+    base: Precision
+
+    @property
+    def quantized(self) -> bool:
+        return self.stored not in FLOATS
+
+
+def precision(word: str) -> Precision:
+    """`fp8`, `bf16`, ..., and the long names of the float types.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    known: dict[str, Precision] = {short: short for short in PRECISIONS}
+    known |= {long: short for short, long in FLOATS.items()}
+    if word not in known:
+        raise UserError(
+            f"unknown precision {word!r}{nearest(word, known)}; known are {', '.join(PRECISIONS)}"
+        )
+    return known[word]
+
+
+def largest(words: Sequence[str]) -> VideoShape:
+    """The clip with most tokens, of shapes and of ranges of shapes.
+
+    Raises:
+        UserError: one is not a shape, or not one that the model can make.
+    """
+    ends = [end for word in words for end in word.split("..")]
+    return max((_shape(end) for end in ends), key=lambda shape: shape.tokens)
+
+
+def _shape(word: str) -> VideoShape:
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", word.strip())
+    if not match:
+        raise UserError(f"shape {word!r} is not WIDTHxHEIGHTxFRAMES; an example is 1216x704x121")
+    width, height, frames = map(int, match.groups())
+    return VideoShape(frames, height, width)
+
+
+def number(stage: str, order: Order, tensors: Mapping[str, TensorInfo]) -> Number:
+    """What the order makes of a stage's weights.
+
+    Raises:
+        UserError: its precision is unknown, or not one for this stage.
+    """
+    word = order.precision if stage == "transformer" else order.rest_precision
+    stored = own_precision(stage, tensors) if word is None else precision(word)
+    if stage != "transformer" and stored not in FLOATS:
+        raise UserError(f"{stage} cannot be {stored}; use one of {', '.join(FLOATS)}")
+    base = stored if stored in FLOATS else "bf16"
+    # Small weights without scales of activations are made large again before they are multiplied.
+    alone = word is None or stored == "int4"
+    return Number(stored, base if alone else stored, base)
+
+
+def own_precision(stage: str, tensors: Mapping[str, TensorInfo]) -> Precision:
+    """That of most of the weights' elements."""
+    counts: dict[str, int] = {}
+    for info in tensors.values():
+        counts[info.dtype] = counts.get(info.dtype, 0) + prod(info.shape)
+    most = max(counts, key=lambda dtype: counts[dtype])
+    if most not in OWN:
+        raise UserError(f"the weights of {stage} are {most}; say their --precision")
+    return OWN[most]
+
+
+def float_type(stage: str, order: Order, tensors: Mapping[str, TensorInfo]) -> FloatType:
+    """The element type that a stage's graph must have for this order."""
+    return FLOATS[number(stage, order, tensors).base]

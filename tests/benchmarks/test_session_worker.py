@@ -1,0 +1,36 @@
+"""Both sessions of the load benchmark compute the same clip, driven through the same lines."""
+
+import pytest
+
+import load
+from ltx_trt.cli import SHIPPED
+from report import Facts
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, list[Facts]]:
+    found = {}
+    for kind in load.KINDS:
+        with load.worker(kind, SHIPPED, tokens=12) as worker:
+            found[kind] = [worker.tell(word) for word in ("read", "open", "step", "step")]
+    return found
+
+
+def test_ours_and_the_default_session_agree(answers: dict[str, list[Facts]]) -> None:
+    sums = [step["sum"] for found in answers.values() for step in found[2:]]
+    assert sums == pytest.approx([sums[0]] * 4, rel=1e-4)
+    assert sums[0] > 0
+
+
+def test_every_answer_has_seconds_and_memory(answers: dict[str, list[Facts]]) -> None:
+    for found in answers.values():
+        assert all(answer["seconds"] >= 0 for answer in found)
+        assert all(0 < answer["anon"] <= answer["peak_anon"] for answer in found)
+
+
+def test_a_worker_that_cannot_go_on_is_an_error_and_not_a_hang() -> None:
+    with (
+        load.worker("ours", SHIPPED, tokens=12) as worker,
+        pytest.raises(RuntimeError, match="ended at 'step'"),
+    ):
+        worker.tell("step")
