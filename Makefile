@@ -4,7 +4,7 @@ RUNTIME := .venv
 DEV := .venv-dev
 TINY := runtime/ltx_trt/ltx_tiny
 
-.PHONY: demo test lint bundle clean
+.PHONY: demo test lint templates bundle clean
 
 demo: $(RUNTIME)/.ready build/ltx-tiny/manifest.json
 	$(RUNTIME)/bin/python tools/demo.py --bundle build/ltx-tiny --out demo
@@ -17,6 +17,10 @@ lint: $(DEV)/.ready
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
 
+# The traced graphs that the exporter ships, made anew from ltx_ref (three minutes).
+templates: $(DEV)/.ready
+	$(DEV)/bin/python tools/make_templates.py
+
 # The graphs and the manifest that are shipped beside ltx-tiny's checkpoint, made anew.
 bundle: $(DEV)/.ready
 	rm -f build/ltx-tiny/manifest.json
@@ -24,13 +28,13 @@ bundle: $(DEV)/.ready
 	cp build/ltx-tiny/*.onnx build/ltx-tiny/manifest.json $(TINY)/
 	cp build/ltx-tiny/text_encoder/*.json $(TINY)/text_encoder/
 
-# The runtime: no torch in it.
+# The runtime and the exporter: no torch in it.
 $(RUNTIME)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(RUNTIME)
-	$(RUNTIME)/bin/pip install --quiet --editable '.[onnxruntime]'
+	$(RUNTIME)/bin/pip install --quiet --editable '.[onnxruntime,export]'
 	touch $@
 
-# Everything: export, tests, checks. The original package pins versions of 2025 that it does not
+# Everything: tracing, tests, checks. The original package pins versions of 2025 that it does not
 # need, so it comes without its dependencies; its tests use only what is installed here.
 $(DEV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(DEV)
@@ -38,8 +42,8 @@ $(DEV)/.ready: pyproject.toml
 	$(DEV)/bin/pip install --quiet --no-deps ltx-video==0.1.2
 	touch $@
 
-build/ltx-tiny/manifest.json: $(DEV)/.ready $(TINY)/ltx-tiny.safetensors
-	$(DEV)/bin/ltx-export onnx $(TINY)/ltx-tiny.safetensors --text-encoder $(TINY)/text_encoder \
+build/ltx-tiny/manifest.json: $(RUNTIME)/.ready $(TINY)/ltx-tiny.safetensors
+	$(RUNTIME)/bin/ltx-export onnx $(TINY)/ltx-tiny.safetensors --text-encoder $(TINY)/text_encoder \
 	    --pipeline-config tools/tiny/ltx-tiny.yaml --out build/ltx-tiny --overwrite
 	touch $@
 

@@ -2,7 +2,8 @@
 
     python benchmarks/build_once.py MODEL.onnx ENGINE '{"batch": [1, 2], "tokens": [256, 16384]}'
 
-An axis is its smallest and largest size; the engine is tuned for the largest. The last line is JSON.
+An axis is its smallest and its largest size; the engine is tuned for the largest. The last line is
+JSON.
 """
 
 from __future__ import annotations

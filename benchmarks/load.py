@@ -1,6 +1,6 @@
 """Cold start and steps of a large transformer: our ONNX Runtime session against the default one.
 
-    python benchmarks/load.py [--layers 14] [--tokens 1024] [--rounds 4] [--work FOLDER]
+    python benchmarks/load.py [--layers 14] [--tokens 1024] [--rounds 6] [--work FOLDER]
 
 A slice of the 2B transformer with random float32 weights (14 layers: 3.9 GB), exported by
 ltx-export. Each session is opened in a process of its own, its weights dropped from the page cache
@@ -30,6 +30,9 @@ KINDS = ("ours", "default")
 
 READY_S, PRIVATE = 1.5, 200_000_000
 """What is aimed at: seconds to a cold session, bytes of anonymous memory in it."""
+
+SPREAD = 1.03
+"""Two runs of the same step differ by this much on a quiet machine."""
 
 
 class Worker:
@@ -64,17 +67,17 @@ def worker(kind: str, bundle: Path, tokens: int) -> Iterator[Worker]:
 
 
 def drop(files: Iterable[Path]) -> float:
-    """Out of the page cache, as after a restart; the share that is still there."""
-    shares = []
+    """Out of the page cache, as after a restart. The share of the bytes that stayed in it."""
+    sizes, still = 0, 0.0
     for path in files:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            shares.append(cached(descriptor))
-        finally:
-            os.close(descriptor)
-    return max(shares)
+        with path.open("rb") as file:
+            os.fsync(file)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            size = os.fstat(file.fileno()).st_size
+            still += size * cached(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # looking reads ahead
+            sizes += size
+    return round(still / sizes, 4)
 
 
 def cached(descriptor: int, looks: int = 200) -> float:
@@ -151,17 +154,21 @@ def exported(work: Path, layers: int) -> Path:
 
 
 def judged(ours: Facts, default: Facts) -> Facts:
-    """How many times as long and as large the default is, and whether the aims are met."""
+    """How many times as long and as large the default is, and whether the aims are met.
+
+    Steps are compared turn by turn: whatever else the machine does slows both of a turn.
+    """
+    turns = zip(ours["step_s_each"], default["step_s_each"], strict=True)
+    slower = median(mine / theirs for mine, theirs in turns)
+    keys = ("ready_s", "private", "private_peak", "first_step_s")
     return {
-        "ratios": {
-            key: round(default[key] / ours[key], 2)
-            for key in ("ready_s", "private", "private_peak", "first_step_s", "step_s")
-        },
+        "ratios": {key: round(default[key] / ours[key], 2) for key in keys}
+        | {"step_s": round(1 / slower, 3)},
         "relative_difference": abs(ours["sum"] - default["sum"]) / abs(default["sum"]),
         "met": {
             "ready": ours["ready_s"] <= READY_S,
             "private": ours["private_peak"] <= PRIVATE,
-            "step": ours["step_s"] <= 1.03 * default["step_s"],  # the spread of a quiet machine
+            "step": slower <= SPREAD,
         },
     }
 
@@ -179,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=14)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--colds", type=int, default=2, help="cold starts of each session")
-    parser.add_argument("--rounds", type=int, default=4, help="warm steps of each session")
+    parser.add_argument("--rounds", type=int, default=6, help="warm steps of each session")
     parser.add_argument("--work", type=Path, default=ROOT / "build", help="a folder with 6 GB left")
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)

@@ -41,8 +41,8 @@ LIMITS = {"engine": 0.05, "build_memory": 0.25, "activations": 0.25}
 
 
 def planned(checkpoint: Path, stages: Sequence[str]) -> dict[str, Facts]:
-    command = [sys.executable, __file__, "--plan", checkpoint, "--stages", ",".join(stages)]
-    cost, said = run(command)
+    options = ["--stages", ",".join(stages)]
+    cost, said = run([sys.executable, __file__, "--plan", checkpoint, *options])
     print(f"planned in {cost.wall_s:.1f} s, {cost.peak_rss / 1e6:.0f} MB", flush=True)
     found: dict[str, Facts] = json.loads(said)
     return found
@@ -50,17 +50,17 @@ def planned(checkpoint: Path, stages: Sequence[str]) -> dict[str, Facts]:
 
 def print_plan(checkpoint: Path, stages: Sequence[str]) -> None:
     """Run in a process of its own: this one stays small, so that it does not count in others'."""
-    from ltx_export import plan, plan_report, sources
+    from ltx_export import plan, plan_report, sources, stage_plan
     from ltx_export.plan_order import Order
 
     order = Order((SHAPE,), branches=BRANCHES, gpus=("rtx 4090",))
-    found = plan.make(order, plan.parts(sources.read(checkpoint), order, stages))
+    found = plan.make(order, stage_plan.parts(sources.read(checkpoint), order, stages))
     print(json.dumps(plan_report.document(found)["stages"]))
 
 
 def measured(checkpoint: Path, stage: str, work: Path) -> Facts:
     bundle, engine = work / stage, work / f"{stage}.engine"
-    options = ["--out", bundle, "--stages", stage, "--opset", "23"]
+    options = ["--out", str(bundle), "--stages", stage, "--opset", "23"]
     run([sys.executable, "-m", "ltx_export.cli", "onnx", checkpoint, *options])
     ranges = json.dumps(RANGES[stage])
     cost, said = run([sys.executable, BUILD, bundle / f"{stage}.onnx", engine, ranges])

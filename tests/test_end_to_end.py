@@ -21,6 +21,7 @@ from ltx_trt.pipeline import Decoded, generate
 from ltx_trt.request import Request, Wishes, resolve
 from ltx_trt.session import Array, Feeds, Session
 from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
+from ltx_trt.tokens import tokenizer_entry
 
 PROMPT = "a red circle moves right on a blue background"
 SEED = 3
@@ -69,7 +70,7 @@ def play(bundle: Bundle, request: Request) -> tuple[np.ndarray, np.ndarray]:
 
 def reference_run(bundle: Bundle, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
     """The same by torch, from the checkpoint: the latents before decoding, and the pixels."""
-    entry = bundle.manifest.tokenizer
+    entry = tokenizer_entry(bundle)
     model = reference.load(bundle.file(bundle.manifest.checkpoint))
     encoder = text.load_text_encoder(SHIPPED / "text_encoder")
     tokenizer = text.load_tokenizer(SHIPPED / "text_encoder", max_length=entry.max_length)
@@ -142,7 +143,13 @@ def test_the_shipped_bundle_is_what_the_exporter_makes_of_its_checkpoint(
     config = Path(__file__).parents[1] / "tools/tiny/ltx-tiny.yaml"
     out = tmp_path / "again"
     checkpoint = SHIPPED / shipped.manifest.checkpoint
-    order = Order(checkpoint, SHIPPED / "text_encoder", out, pipeline_config=config, weights="copy")
+    order = Order(
+        checkpoint,
+        out,
+        text_encoder=SHIPPED / "text_encoder",
+        pipeline_config=config,
+        weights="copy",
+    )
     for _ in write(order):
         pass
     again = open_bundle(out, cache=tmp_path / "cache").manifest

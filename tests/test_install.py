@@ -65,6 +65,31 @@ def test_the_exporter_names_its_extra_when_it_is_missing(runtime: Path, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="session")
+def exporter(runtime: Path) -> Path:
+    """Another environment, with the extra [export] too."""
+    (wheel,) = runtime.parents[1].glob("ltx_trt-*.whl")
+    folder = runtime.parents[1] / "exporter"
+    _run(sys.executable, "-m", "venv", folder)
+    _run(folder / "bin/pip", "install", "-q", f"{wheel}[onnxruntime,export]")
+    return folder / "bin"
+
+
+def test_a_model_with_templates_is_exported_and_played_without_torch(
+    exporter: Path, tmp_path: Path
+) -> None:
+    names = {row["name"] for row in json.loads(_run(exporter / "pip", "list", "--format=json")[0])}
+    assert not names & {"torch", "onnxscript", "transformers", "diffusers", "safetensors"}
+    tiny = ROOT / "runtime/ltx_trt/ltx_tiny"
+    command = (exporter / "ltx-export", "onnx", tiny / "ltx-tiny.safetensors")
+    files = ("--text-encoder", tiny / "text_encoder")
+    small = ("--pipeline-config", ROOT / "tools/tiny/ltx-tiny.yaml")
+    _run(*command, *files, *small, "--out", tmp_path / "bundle")
+    run = (exporter / "ltx-trt", "run", "--bundle", tmp_path / "bundle", "--prompt", PROMPT)
+    _run(*run, "-o", "clip.mp4", "--num-inference-steps", "2", cwd=tmp_path)
+    assert (tmp_path / "clip.mp4").read_bytes()[4:8] == b"ftyp"
+
+
 def test_help_comes_from_the_installed_commands(runtime: Path) -> None:
     for command in ("ltx-trt", "ltx-export"):
         assert "Usage" in _run(runtime / command, "--help")[0]

@@ -29,7 +29,7 @@ ELSEWHERE = {
 @pytest.fixture(scope="module", autouse=True)
 def clean() -> None:
     """As on a fresh clone; the demo's bundle may stay, it is made anew when it is too old."""
-    for folder in ("demo", "build/mine"):
+    for folder in ("demo", "build/mine", "build/13b"):
         shutil.rmtree(ROOT / folder, ignore_errors=True)
 
 

@@ -24,7 +24,7 @@ LEAST = MappingProxyType(
     {"fp32": 75, "fp16": 75, "bf16": 80, "fp8": 89, "int8": 75, "int4": 80, "nvfp4": 100}
 )
 """The first compute capability that builds each precision (TensorRT-RTX 1.7.1, built for each SM on
-a CPU, 2025-11; nvfp4 on SM100 is TensorRT's, from its release notes)."""
+a CPU, 2026-11; nvfp4 on SM100 is TensorRT's, from its release notes)."""
 
 RTX_CAPABILITIES = frozenset({75, 80, 86, 89, 120, 121})
 """What TensorRT-RTX 1.7.1 can build for (its enum ComputeCapability)."""

@@ -181,14 +181,72 @@ def cache(
 
 
 @app.command()
-def inspect(
+def plan(  # noqa: PLR0913 - options of a command
     checkpoint: Annotated[Path, typer.Argument(help="The original single-file .safetensors.")],
+    text_encoder: Annotated[Path | None, typer.Option(help="Plan it too: its folder.")] = None,
+    upsampler: Annotated[Path | None, typer.Option(help="Plan it too: its file.")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="fp32, fp16, bf16, fp8, int8, ..., of the transformer; else its own."),
+    ] = None,
+    shape: Annotated[
+        list[str],
+        typer.Option(metavar="WxHxF", help="A clip, or FROM..TO; may be repeated."),
+    ] = ["1216x704x121"],  # noqa: B006 - typer copies it
+    gpu: Annotated[
+        list[str], typer.Option(help="rtx4090, h200, sm89, ...; may be repeated; else a set.")
+    ] = [],  # noqa: B006 - typer copies it
+    steps: Annotated[int | None, typer.Option(help="Of a run; else the model's usual.")] = None,
+    branches: Annotated[
+        int | None, typer.Option(help="1, or more for guidance: CFG and STG add one each.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     ignore_config_key: IgnoreKeys = [],  # noqa: B006 - typer copies it
 ) -> None:
-    """Say what a checkpoint is: version, sizes, element types, keys that no stage reads."""
+    """Say what each stage needs, and whether it fits a GPU; exit code 3 if one that was asked for
+    is too small."""
+    _check_packages("plan")
+    import json
+
+    from ltx_export import plan as planning
+    from ltx_export import plan_report, sources, stage_plan
+    from ltx_export.plan_order import Order, usual
+
+    found = sources.read(checkpoint, text_encoder, upsampler, ignore_config_key)
+    usual_steps, usual_branches = usual(found.config)
+    order = Order(
+        shapes=tuple(shape),
+        precision=precision,
+        gpus=tuple(gpu),
+        steps=usual_steps if steps is None else steps,
+        branches=usual_branches if branches is None else branches,
+    )
+    given = {"text_encoder": text_encoder, "latent_upsampler": upsampler}
+    stages = [name for name in (*STAGES, *OPTIONAL) if given.get(name, checkpoint) is not None]
+    made = planning.make(order, stage_plan.parts(found, order, stages))
+    if as_json:
+        typer.echo(json.dumps(plan_report.document(made), indent=2))
+    else:
+        plan_report.show(made, plan_report.console())
+    raise typer.Exit(made.exit_code)
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A .safetensors, an index of shards, a text encoder's folder.")
+    ],
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List all tensors, not only the largest.")
+    ] = False,
+    ignore_config_key: IgnoreKeys = [],  # noqa: B006 - typer copies it
+) -> None:
+    """Say what weights are: version, sizes, element types, quantization, tensors by size."""
+    _check_packages("inspect")
     from ltx_export import inspection
 
-    for line in inspection.lines(checkpoint, ignore_config_key):
+    listed = None if tensors else inspection.LARGEST
+    for line in inspection.lines(checkpoint, ignore_config_key, listed):
         typer.echo(line)
 
 

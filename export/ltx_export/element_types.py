@@ -1,7 +1,7 @@
 """From a traced graph to one precision: float64 gives way to the type that the weights have.
 
 Graphs are traced with float64 wherever the stage's own precision is meant. No model uses that type
-for anything else, and each constant is exact in it, so one trace serves every precision.
+for anything else, and no constant is rounded to less than float32, so one trace serves them all.
 """
 
 from types import MappingProxyType
@@ -72,8 +72,9 @@ def _settle_attributes(node: ir.Node, dtype: ir.DataType) -> None:
 
 
 def _rounded(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
-    """To the nearest number; the lowest number of float64 means the lowest of the type."""
+    """To the nearest number; the lowest number of float64, which the exporter writes as minus
+    infinity, means the lowest of the type."""
     numbers = tensor.numpy()
     lowest = float(ml_dtypes.finfo(dtype.numpy()).min)  # type: ignore[no-untyped-call]
-    numbers = np.where(numbers == np.finfo(np.float64).min, lowest, numbers)
+    numbers = np.where(numbers <= np.finfo(np.float64).min, lowest, numbers)
     return ir.Tensor(numbers.astype(dtype.numpy()), dtype=dtype, name=tensor.name)

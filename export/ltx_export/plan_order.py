@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
 
+from ltx_engines.bundle import Defaults
 from ltx_engines.bundle import Precision as FloatType
 from ltx_engines.errors import UserError, nearest
 from ltx_engines.shapes import VideoShape
 from ltx_engines.targets import PRECISIONS, Precision
 from ltx_ref.checkpoint import TensorInfo
+from ltx_ref.ltx_video.config import ModelConfig
 
 FLOATS: Mapping[Precision, FloatType] = MappingProxyType(
     {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -19,6 +21,10 @@ OWN: Mapping[str, Precision] = MappingProxyType(
     {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "I8": "int8"}
 )
 """Element types of safetensors."""
+
+
+MOST_BRANCHES = 3
+"""The prompt's, and one each for CFG and STG."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +41,7 @@ class Order:
     rest_precision: str = "bf16"
     gpus: tuple[str, ...] = ()
     steps: int = 40
-    branches: int = 3
+    branches: int = MOST_BRANCHES
     text: int = 256
     per_token: bool = False
 
@@ -43,6 +49,8 @@ class Order:
         for name, value in (("steps", self.steps), ("branches", self.branches)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
+        if self.branches > MOST_BRANCHES:
+            raise UserError(f"branches must be at most {MOST_BRANCHES}, not {self.branches}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +129,10 @@ def own_precision(stage: str, tensors: Mapping[str, TensorInfo]) -> Precision:
 def float_type(stage: str, order: Order, tensors: Mapping[str, TensorInfo]) -> FloatType:
     """The element type that a stage's graph must have for this order."""
     return FLOATS[number(stage, order, tensors).base]
+
+
+def usual(config: ModelConfig) -> tuple[int, int]:
+    """Steps and branches when nobody says otherwise: a distilled model needs no guidance."""
+    if config.allowed_inference_steps is not None:
+        return len(config.allowed_inference_steps), 1
+    return Defaults().num_inference_steps, MOST_BRANCHES

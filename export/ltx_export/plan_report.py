@@ -8,17 +8,20 @@ from rich.console import Console
 from rich.table import Table
 
 from ltx_engines.targets import GIGA, TERA
+from ltx_export.fitting import ARENA, RESERVED, Tiling, Verdict, needs
 from ltx_export.graph_costs import INT32_MAX
-from ltx_export.plan import (
-    ARENA,
-    RESERVED,
-    STAGED_NOTE,
-    Plan,
-    StagePlan,
-    Tiling,
-    Verdict,
-    needs,
-)
+from ltx_export.plan import Plan
+from ltx_export.stage_plan import StagePlan
+
+STAGED_NOTE = "one stage after another, each freed before the next"
+
+WIDTH = 140
+"""Columns that the tables need; a narrower terminal folds them, which keeps every number."""
+
+
+def console() -> Console:
+    """For stdout, wide enough."""
+    return Console(width=max(Console().width, WIDTH))
 
 
 def show(plan: Plan, console: Console) -> None:

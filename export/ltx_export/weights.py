@@ -100,7 +100,7 @@ def _widen(model: ir.Model, value: ir.Value, precision: Precision, stored: ir.Da
     for use in tuple(value.uses()):
         if use.node is not node:
             use.node.replace_input_with(use.idx, wide)
-    value.dtype = stored
+    value.type = ir.TensorType(stored)  # a new one: stamped weights share theirs
     model.graph.insert_before(model.graph[0], node)
 
 

@@ -44,10 +44,11 @@ SESSION = {"ready_s": 1.0, "private": 10**8, "private_peak": 10**8, "first_step_
         ({}, set()),
         ({"ready_s": 1.6}, {"ready"}),
         ({"private_peak": 3 * 10**8}, {"private"}),
-        ({"step_s": 1.1}, {"step"}),
+        ({"step_s_each": [1.1, 2.2, 1.9]}, {"step"}),
+        ({"step_s_each": [1.0, 9.0, 2.0]}, set()),
     ],
 )
 def test_an_aim_is_met_or_missed_by_its_own_figure(worse: Facts, missed: set[str]) -> None:
-    default = SESSION | {"step_s": 1.0, "sum": 7.0}
+    default = SESSION | {"step_s_each": [1.0, 2.0, 2.0], "sum": 7.0}
     verdict = load.judged(default | worse, default)
     assert {aim for aim, met in verdict["met"].items() if not met} == missed

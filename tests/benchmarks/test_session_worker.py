@@ -1,5 +1,9 @@
 """Both sessions of the load benchmark compute the same clip, driven through the same lines."""
 
+import os
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
 import pytest
 
 import load
@@ -34,3 +38,13 @@ def test_a_worker_that_cannot_go_on_is_an_error_and_not_a_hang() -> None:
         pytest.raises(RuntimeError, match="ended at 'step'"),
     ):
         worker.tell("step")
+
+
+def test_a_dropped_file_is_read_from_the_disk_again() -> None:
+    home = load.ROOT / "build"  # on a disk, where a temporary folder may be in memory
+    home.mkdir(exist_ok=True)
+    with NamedTemporaryFile(dir=home) as file:
+        file.write(os.urandom(1 << 20) * 64)
+        file.flush()
+        assert load.cached(file.fileno()) == 1
+        assert load.drop([Path(file.name)]) < 0.1

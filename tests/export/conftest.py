@@ -1,15 +1,46 @@
 """Three small bundles, exported once through the command line, and their checkpoints."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 
 from ltx_engines.bundle import Bundle, open_bundle
-from ltx_export import cli
+from ltx_export import cli, graphs, templates
 from tests.export.checkpoints import config, write_checkpoint, write_text_encoder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Converted weights and verified hashes do not fill the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_trace_for_each_configuration() -> Iterator[None]:
+    """Many tests export the same small models, and a trace takes seconds.
+
+    Who wants a fresh one imports `graphs.traced` by name.
+    """
+    kept: dict[tuple[str, str, int], onnx.ModelProto] = {}
+    trace = graphs.traced
+
+    def traced(stage: str, model: graphs.Model) -> ir.Model:
+        key = stage, json.dumps(graphs.facts(stage, model)), model.layers(stage)
+        if key not in kept:
+            kept[key] = templates.to_proto(trace(stage, model))
+        return templates.from_proto(kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "traced", traced)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ltx_trt
 from ltx_export import graph_costs
-from ltx_export.graph_costs import Costs, cost, infer
+from ltx_export.concrete_shapes import infer
+from ltx_export.graph_costs import Costs, cost
 from ltx_ref.checkpoint import read_header
 from ltx_ref.ltx_video.config import read_config
 from ltx_ref.ltx_video.model import LTXVideo

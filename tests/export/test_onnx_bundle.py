@@ -29,6 +29,7 @@ def test_the_manifest_says_what_the_checkpoint_is(exported: Exported) -> None:
     assert manifest.model_version == "0.9.5 to 0.9.8 (by the layout of its VAE)"
     assert manifest.precision == "float32"
     assert manifest.checkpoint == "small.safetensors"
+    assert manifest.tokenizer is not None
     assert manifest.tokenizer.pad_token_id == 0
     assert manifest.tokenizer.max_length == 256
     assert manifest.model.causal_temporal_positioning
@@ -77,8 +78,18 @@ def test_weights_can_be_copied_and_then_moved(copied: Exported, files: Files) ->
 
 def test_each_stage_has_the_element_type_of_its_own_weights(copied: Exported) -> None:
     assert copied.bundle.stage("text_encoder").outputs[0].dtype == "bfloat16"
-    assert copied.bundle.manifest.precision == "float32"
     assert copied.bundle.manifest.name == "mine"
+
+
+def test_the_bundles_precision_is_the_transformers_or_the_first_stages(
+    copied: Exported, files: Files, tmp_path: Path
+) -> None:
+    half = write_text_encoder(tmp_path / "t5", dtype=torch.bfloat16)
+    order = onnx_bundle.Order(files.checkpoint, tmp_path / "bundle", text_encoder=half)
+    checked = onnx_bundle.check(order)
+    assert checked.precisions["text_encoder"] == "bfloat16"
+    assert onnx_bundle._precision(checked) == "float32"
+    assert copied.bundle.manifest.precision == "bfloat16"
 
 
 def test_a_bundle_gives_way_only_if_told_to(
@@ -88,6 +99,7 @@ def test_a_bundle_gives_way_only_if_told_to(
         ltx_video(Sizes(12, 12, 24, 2, 12, True))["text_encoder"],
         "bfloat16",
         ir.load(copied.bundle.path / "text_encoder.onnx"),
+        ("text_encoder/model.safetensors",),
     )
     monkeypatch.setattr(onnx_bundle, "export", lambda *_: graph)
     arguments = ["onnx", str(copied.checkpoint), "--text-encoder", str(copied.text_encoder)]

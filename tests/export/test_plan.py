@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
@@ -18,10 +20,20 @@ from rich.console import Console
 import ltx_trt
 from ltx_engines import targets
 from ltx_engines.errors import UserError
-from ltx_export import plan, plan_report
-from ltx_export.plan import Part, Plan, make
-from ltx_export.plan_order import Order, float_type, largest, number, own_precision, precision
+from ltx_export import fitting, plan_report
+from ltx_export.plan import Plan, make
+from ltx_export.plan_order import (
+    Order,
+    float_type,
+    largest,
+    number,
+    own_precision,
+    precision,
+    usual,
+)
+from ltx_export.stage_plan import Part
 from ltx_ref.checkpoint import TensorInfo, read_header
+from ltx_ref.ltx_video.config import read_config
 
 TINY = Path(ltx_trt.__file__).parent / "ltx_tiny"
 PREFIX = "model.diffusion_model."
@@ -296,7 +308,7 @@ def on_cards_of(
 ) -> Plan:
     """The plan of cards with so much free memory, for the stages that can be cut small."""
     cards = tuple(
-        replace(RTX_4090, name=f"RTX {index}", memory=plan.RESERVED + memory)
+        replace(RTX_4090, name=f"RTX {index}", memory=fitting.RESERVED + memory)
         for index, memory in enumerate(memories)
     )
     monkeypatch.setattr(targets, "TARGETS", cards)
@@ -334,7 +346,7 @@ def test_tiles_cover_the_clip_with_their_overlaps(
     assert tiling.count > 1
     pieces = [
         -(-(size - lap) // (tile - lap))
-        for size, tile, lap in zip(found.shape.latent, tiling.tile, plan.OVERLAP, strict=True)
+        for size, tile, lap in zip(found.shape.latent, tiling.tile, fitting.OVERLAP, strict=True)
     ]
     assert prod(pieces) <= tiling.count
     frames, rows, columns = tiling.tile
@@ -393,6 +405,7 @@ def test_the_largest_clip_of_ranges_and_lists_counts(
         ({"gpus": ("rtx 9999",)}, "unknown GPU 'rtx 9999'"),
         ({"steps": 0}, "steps must be at least 1, not 0"),
         ({"branches": -1}, "branches must be at least 1, not -1"),
+        ({"branches": 4}, "branches must be at most 3, not 4"),
     ],
 )
 def test_a_typo_in_the_order_costs_one_line(
@@ -419,6 +432,31 @@ def test_a_stage_says_in_which_type_its_graph_is_wanted() -> None:
     odd = {"a": TensorInfo("I64", (8,), 0, 64)}
     with pytest.raises(UserError, match="the weights of transformer are I64; say their --prec"):
         own_precision("transformer", odd)
+
+
+def test_a_checkpoint_on_the_disk_is_planned_without_torch() -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from ltx_export import plan, sources, stage_plan
+from ltx_export.plan_order import Order
+tiny = Path({str(TINY)!r})
+order = Order(("256x256x17",), "bf16", gpus=("rtx 4060",), branches=1)
+stages = ("text_encoder", "transformer", "vae_encoder", "vae_decoder")
+files = sources.read(tiny / "ltx-tiny.safetensors", tiny / "text_encoder")
+found = plan.make(order, stage_plan.parts(files, order, stages))
+assert [stage.name for stage in found.stages] == list(stages)
+assert found.verdicts[0].fits, found.verdicts[0].reasons
+print({{"torch", "transformers"}} & set(sys.modules))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+def test_steps_and_branches_are_those_of_the_model() -> None:
+    config = read_config(read_header(TINY / "ltx-tiny.safetensors"))
+    assert usual(replace(config, allowed_inference_steps=None)) == (40, 3)
+    assert usual(replace(config, allowed_inference_steps=(1.0, 0.9, 0.5))) == (3, 1)
 
 
 def test_a_weight_without_a_file_is_a_mistake(tiny: dict[str, Part]) -> None:

@@ -120,7 +120,7 @@ def test_an_unknown_config_key_and_the_way_past_it(
     assert "unknown key 'num_layer' in transformer" in said
     assert "did you mean 'num_layers'?" in said
     order = onnx_bundle.Order(
-        wrong.checkpoint, wrong.text_encoder, out, ignore_config_keys=("num_layer",)
+        wrong.checkpoint, out, text_encoder=wrong.text_encoder, ignore_config_keys=("num_layer",)
     )
     assert onnx_bundle.check(order).precisions["transformer"] == "float32"
 

@@ -6,10 +6,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from torch import nn
 
+from ltx_engines.bundle import Precision
 from ltx_engines.stages import STAGES
 from ltx_export import invariants, weights
+from ltx_export.element_types import ONNX_TYPES
 from ltx_export.onnx_bundle import check_graph
 from ltx_ref.checkpoint import TensorInfo, read_header
 from ltx_ref.ltx_video.config import TRANSFORMER_PREFIX
@@ -119,14 +120,15 @@ def test_no_weight_was_copied(exported: Exported) -> None:
 
 
 def graph_with(*names: str, size: int = 3) -> ir.Model:
-    values = []
-    for name in names:
-        value = ir.Value(name=name, shape=ir.Shape([size]), type=ir.TensorType(ir.DataType.FLOAT))
-        value.const_value = ir.tensor([0.0] * size, name=name)
-        values.append(value)
-    graph = ir.Graph([], [], nodes=[], initializers=values, name="made_by_hand")
-    for value in values:
-        value.const_value = None
+    """Sums of weights without values."""
+    values = [
+        ir.Value(name=name, shape=ir.Shape([size]), type=ir.TensorType(ir.DataType.FLOAT))
+        for name in names
+    ]
+    nodes = [ir.node("Neg", [value], name=f"{value.name}/Neg") for value in values]
+    outputs = [node.outputs[0] for node in nodes]
+    graph = ir.Graph([], outputs, nodes=nodes, name="made_by_hand", opset_imports={"": 20})
+    graph.initializers.update({value.name: value for value in values if value.name})
     return ir.Model(graph, ir_version=10)
 
 
@@ -134,40 +136,78 @@ def weight(file: str = "a.safetensors", size: int = 3, dtype: str = "F32") -> we
     return weights.Weight(file, TensorInfo(dtype, (size,), 8, 8 + 4 * size))
 
 
-def test_binding_finds_tied_weights_under_either_name() -> None:
-    model = graph_with("embed")
-    weights.bind(model, {"shared": weight()}, ["embed", "shared"], {"embed": "shared"})
-    assert weights.names(model) == {"shared"}
-    assert weights.files(model) == ("a.safetensors",)
+def test_binding_points_into_the_files_and_says_which() -> None:
+    model = graph_with("a", "b")
+    bound = {"a": weight("z.safetensors"), "b": weight("sub/y.safetensors"), "c": weight()}
+    assert weights.bind(model, bound, "float32") == ("sub/y.safetensors", "z.safetensors")
+    assert weights.names(model) == {"a", "b"}
+    assert weights.missing(["a", "b", "c"], model) == ["c"]
+    tensor = model.graph.initializers["b"].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    assert (str(tensor.location), tensor.offset, tensor.length) == ("sub/y.safetensors", 8, 12)
+
+
+def test_a_file_elsewhere_is_a_name_in_the_graph_and_a_path_in_the_manifest() -> None:
+    model = graph_with("a")
+    assert weights.bind(model, {"a": weight("/hub/x.safetensors")}, "float32") == (
+        "/hub/x.safetensors",
+    )
+    tensor = model.graph.initializers["a"].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    assert str(tensor.location) == "x.safetensors"
 
 
 def test_a_weight_that_the_checkpoint_lacks_is_named() -> None:
     with pytest.raises(AssertionError, match=r"^b is a weight of the graph and not of the check"):
-        weights.bind(graph_with("a", "b"), {"a": weight()}, [], {})
+        weights.bind(graph_with("a", "b"), {"a": weight()}, "float32")
 
 
-def test_a_weight_that_tracing_lost_is_named() -> None:
-    with pytest.raises(AssertionError, match=r"^b is not a weight of the made_by_hand graph"):
-        weights.bind(graph_with("a"), {"a": weight(), "b": weight()}, ["a", "b"], {})
-
-
-@pytest.mark.parametrize("wrong", [weight(size=4), weight(dtype="F16")])
+@pytest.mark.parametrize("wrong", [weight(size=4), weight(dtype="F16"), weight(dtype="I64")])
 def test_a_weight_of_another_shape_or_type_is_named(wrong: weights.Weight) -> None:
     with pytest.raises(AssertionError, match=r"^a was traced as"):
-        weights.bind(graph_with("a"), {"a": wrong}, ["a"], {})
+        weights.bind(graph_with("a"), {"a": wrong}, "float32")
 
 
-@pytest.mark.parametrize("place", ["../a", "/a", "b/../../a", "./a"])
+@pytest.mark.parametrize("place", ["../a", "b/../../a", "./a", "/b/../a", "/a/"])
 def test_weights_outside_the_bundle_are_refused(place: str) -> None:
     with pytest.raises(ValueError, match="not a path inside the bundle"):
-        weights.bind(graph_with("a"), {"a": weight(place)}, ["a"], {})
+        weights.bind(graph_with("a"), {"a": weight(place)}, "float32")
 
 
-def test_twins_are_the_two_names_of_one_parameter() -> None:
-    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
-    second.weight = first.weight
-    pair = nn.ModuleDict({"a": first, "b": second})
-    assert weights.twins(pair) == {"a.weight": "b.weight", "b.weight": "a.weight"}
+EIGHT = weights.Weight("a.safetensors", TensorInfo("F8_E4M3", (3,), 8, 11))
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+def test_an_8_bit_weight_keeps_name_and_bytes_and_is_widened_where_it_is_used(
+    precision: Precision,
+) -> None:
+    model = graph_with("x.weight", "y.weight", "z.bias")
+    for value in model.graph.initializers.values():
+        value.dtype = ONNX_TYPES[precision]
+    plain = weight(dtype={"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[precision])
+    weights.bind(model, {"x.weight": EIGHT, "y.weight": EIGHT, "z.bias": plain}, precision)
+    stored = model.graph.initializers["x.weight"]
+    assert stored.dtype == ir.DataType.FLOAT8E4M3FN
+    assert isinstance(stored.const_value, ir.ExternalTensor)
+    assert (stored.const_value.offset, stored.const_value.length) == (8, 3)
+    (widen,) = [use.node for use in stored.uses()]
+    assert (widen.op_type, widen.name) == ("DequantizeLinear", "x/DequantizeLinear")
+    assert widen.outputs[0].dtype == ONNX_TYPES[precision]
+    assert [use.node.op_type for use in widen.outputs[0].uses()] == ["Neg"]
+    scale = model.graph.initializers[weights.ONE]
+    assert widen.inputs[1] is scale
+    assert scale.dtype == ONNX_TYPES[precision]
+    assert [node.op_type for node in model.graph].count("DequantizeLinear") == 2
+    assert model.graph[0].op_type == "DequantizeLinear", "before whatever reads it"
+
+
+def test_a_block_may_keep_its_weights_wide_while_the_block_it_was_copied_from_does_not() -> None:
+    model = graph_with("x.weight", "y.weight")
+    first, second = model.graph.initializers.values()
+    second.type = first.type  # as `stamp` leaves it
+    files = weights.bind(model, {"x.weight": EIGHT, "y.weight": weight()}, "float32")
+    assert files == ("a.safetensors",)
+    assert (first.dtype, second.dtype) == (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT)
 
 
 def test_a_baked_size_is_found() -> None:

@@ -1,0 +1,175 @@
+"""What each stage of a model costs, on the disk, on the host that builds it, and in its graph."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import ceil
+from types import MappingProxyType
+
+import onnx_ir as ir
+
+from ltx_engines.shapes import VideoShape
+from ltx_engines.targets import Precision
+from ltx_export.axes import DERIVED, Derived
+from ltx_export.concrete_shapes import Array
+from ltx_export.graph_costs import Costs, cost
+from ltx_export.graphs import OPSETS, Graphs
+from ltx_export.plan_order import OWN, Number, Order, float_type, number
+from ltx_export.sources import Sources, check_fit
+from ltx_ref.checkpoint import TensorInfo
+
+# TensorRT-RTX 1.7.1 for SM89 on 2 CPU cores, 2026-11, benchmarks/plan.py.
+KERNEL_BYTES = 40_000
+"""An engine is its weights and this much code for each kernel (2B: 54 MB of 3,901)."""
+BUILD_BASE = 220_000_000
+"""Bytes of a builder's process without a model."""
+BUILD_FACTOR: Mapping[str, float] = MappingProxyType({"float": 1.53, "conv": 2.06, "small": 1.04})
+"""Bytes that a build with a stream writer allocates for one byte of weights, beside the mapped
+file: 2B transformer; VAE decoder and encoder; 128 fp8 layers (2.35 GB for 2.05). Without the stream
+writer it is 2.05 to 2.3 for all."""
+EXPORT_BASE = 160_000_000
+"""Bytes of a process that exports graphs and copies no weights (13B with T5-XXL: 155 MB)."""
+CONVERSION = 16_000_000
+"""More bytes when weights are converted, piece by piece (2B to fp16: 13 MB)."""
+
+STORED: Mapping[Precision, float] = MappingProxyType(
+    {
+        **{"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0},
+        **{"int4": 0.5 + 2 / 128, "nvfp4": 0.5 + 1 / 16},
+    }
+)
+"""Bytes of one weight. int4 has a bf16 scale for 128 of them, nvfp4 an fp8 scale for 16."""
+
+QUANTIZED = re.compile(r"(^|\.)transformer_blocks\.\d+\..*\.weight$")
+"""The weights (of two axes) that a quantized transformer has small: those of the published fp8
+files. The rest stays bf16."""
+
+Grid = tuple[int, int, int]
+"""Latent frames, rows and columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stage's graph, in the type that `float_type` gives, and its weights' entries in the files.
+
+    `derived` are the axes that follow from others.
+    """
+
+    model: ir.Model
+    tensors: Mapping[str, TensorInfo]
+    derived: Mapping[str, Derived] = field(default_factory=lambda: DERIVED)
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """What a stage costs at the largest clip; sizes in bytes, `flops` of one call."""
+
+    name: str
+    number: Number
+    parameters: int
+    disk: int
+    export_memory: int
+    build_memory: int
+    engine: int
+    costs: Costs
+
+    @property
+    def most_elements(self) -> int:
+        """Of the largest end of a convolution."""
+        return max((conv.elements for conv in self.costs.convolutions), default=0)
+
+
+def parts(found: Sources, order: Order, stages: Iterable[str]) -> dict[str, Part]:
+    """The stages of a checkpoint as the engines' builder will get them.
+
+    Raises:
+        UserError: a stage has no files, or they do not fit their configuration.
+    """
+    model = found.model()
+    graphs = Graphs(model)
+    chosen = tuple(stages)
+    check_fit(found, chosen, graphs)
+    made = {}
+    for stage in chosen:
+        weights = found.weights(stage)
+        tensors = {name: weights[name].info for name in graphs.weights(stage)}
+        graph = graphs.graph(stage, float_type(stage, order, tensors), max(OPSETS))
+        made[stage] = Part(graph, tensors, model.derived())
+    return made
+
+
+@dataclass(slots=True)
+class Workshop:
+    """The order's graphs, and what was counted of them already."""
+
+    order: Order
+    shape: VideoShape
+    parts: Mapping[str, Part]
+    counted: dict[tuple[str, Grid], Costs] = field(default_factory=dict)
+
+    def costs(self, stage: str, grid: Grid) -> Costs:
+        if (stage, grid) not in self.counted:
+            part = self.parts[stage]
+            self.counted[stage, grid] = cost(part.model, self.axes(stage, grid))
+        return self.counted[stage, grid]
+
+    def axes(self, stage: str, grid: Grid) -> dict[str, int]:
+        frames, rows, columns = grid
+        batch = {"transformer": self.order.branches, "text_encoder": min(self.order.branches, 2)}
+        axes = {
+            "batch": batch.get(stage, 1),
+            "text": self.order.text,
+            "tokens": frames * rows * columns,
+            "latent_frames": frames,
+            "latent_height": rows,
+            "latent_width": columns,
+        }
+        for name, rule in self.parts[stage].derived.items():
+            axes[name] = rule.factor * axes[rule.root] + rule.offset
+        return axes if self.order.per_token else axes | {"timesteps": 1}
+
+
+def stage_plan(name: str, workshop: Workshop) -> StagePlan:
+    part, costs = workshop.parts[name], workshop.costs(name, workshop.shape.latent)
+    form = number(name, workshop.order, part.tensors)
+    missing = sorted(costs.weights.keys() - part.tensors.keys())
+    if missing:
+        raise AssertionError(f"{name}: weights of the graph are in no file: {missing[:3]}")
+    files = [part.tensors[weight] for weight in costs.weights]
+    sizes = {weight: stored(weight, array, form) for weight, array in costs.weights.items()}
+    weights = sum(sizes.values())
+    return StagePlan(
+        name,
+        form,
+        sum(array.elements for array in costs.weights.values()),
+        sum(info.end - info.begin for info in files),
+        EXPORT_BASE + CONVERSION * _is_converted(part, costs, form),
+        BUILD_BASE + weights + int(weights * BUILD_FACTOR[_kind(form, costs)]),
+        weights + KERNEL_BYTES * len(costs.kernels),
+        costs,
+    )
+
+
+def stored(weight: str, array: Array, form: Number) -> int:
+    """Bytes of a weight in the engine. Tables and vectors keep the graph's type."""
+    small = is_small(weight, array, form)
+    return ceil(array.elements * STORED[form.stored]) if small else array.bytes
+
+
+def is_small(weight: str, array: Array, form: Number) -> bool:
+    return form.quantized and len(array.shape) == 2 and bool(QUANTIZED.search(weight))
+
+
+def _is_converted(part: Part, costs: Costs, form: Number) -> bool:
+    """Whether a weight is stored in another type than its file has."""
+    for name, array in costs.weights.items():
+        wanted = form.stored if is_small(name, array, form) else form.base
+        if OWN.get(part.tensors[name].dtype) != wanted:
+            return True
+    return False
+
+
+def _kind(form: Number, costs: Costs) -> str:
+    if form.quantized:
+        return "small"
+    return "conv" if costs.convolutions else "float"
