@@ -115,7 +115,7 @@ VAE: Mapping[str, Any] = MappingProxyType(
         "causal_decoder": False,
     }
 )
-SD3 = {"shifting": "SD3", "target_shift_terminal": 0.1}
+SD3 = {"shifting": "SD3", "target_shift_terminal": 0.1, "base_resolution": None}
 LINEAR_QUADRATIC = {"sampler": "LinearQuadratic"}
 
 DISTILLED = (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725, 0.4219)

@@ -66,6 +66,7 @@ class StageEntry(_Frozen):
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
     weights: tuple[str, ...] = ()
+    opset: Count | None = None
 
 
 class FileEntry(_Frozen):

@@ -99,6 +99,7 @@ class Graph:
             inputs=bundle.tensor_entries(self.stage.inputs, self.precision),
             outputs=bundle.tensor_entries(self.stage.outputs, self.precision),
             weights=self.files,
+            opset=self.model.graph.opset_imports[""],
         )
 
 

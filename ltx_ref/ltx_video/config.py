@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Any, Literal, get_args
 
 from ltx_ref.checkpoint import CheckpointError, Header
@@ -309,14 +309,17 @@ def _known(
         if allowed and value not in allowed:
             wanted = " or ".join(repr(choice) for choice in allowed)
             raise CheckpointError(f"config: {where}.{key} is {value!r}, wanted {wanted}")
-        if key in fields and not _fits(value, fields[key].default):
+        if key in fields and not _fits(value, fields[key]):
             kind = type(fields[key].default).__name__
             raise CheckpointError(f"config: {where}.{key} is {value!r}, wanted a value of {kind}")
     return {key: value for key, value in table.items() if key in fields}
 
 
-def _fits(value: Any, default: Any) -> bool:
+def _fits(value: Any, field: Any) -> bool:
     """Whether a JSON value has the kind of the field's default; null defaults take numbers too."""
+    default = field.default
+    if value is None and NoneType in get_args(field.type):
+        return True
     if default is None or default is MISSING:
         return value is None or not isinstance(value, bool)
     if isinstance(default, tuple):

@@ -30,6 +30,10 @@ beforehand but fused into the product. The session is there at once and no step 
 FOLDER = "session.model_external_initializers_file_folder_path"
 """Where a graph that is given as bytes has its weights."""
 
+OPSET = 20
+"""Beyond it, Attention wants a mask for each query (onnxruntime 1.31: `inconsistent
+q_sequence_length`)."""
+
 BFLOAT16 = 16
 """ONNX's number for it; NumPy has no such type."""
 
@@ -146,6 +150,11 @@ def _check_cpu(stage: str, entry: StageEntry) -> None:
             "onnxruntime-gpu and use a CUDA GPU, or export it again: ltx-export onnx "
             "--precision float32"
         )
+    if stage == "transformer" and (entry.opset or OPSET) > OPSET:
+        raise UserError(
+            f"stage {stage} is at opset {entry.opset}, whose Attention ONNX Runtime's CPU does not "
+            f"compute with a mask of the text; export it again: ltx-export onnx --opset {OPSET}"
+        )
 
 
 def _check_provider(stage: str, entry: StageEntry, wished: str, found: str) -> None:
@@ -160,6 +169,7 @@ def _options(ort: Any, threads: int | None) -> Any:
     options.log_severity_level = 4  # errors come as exceptions, once is enough
     if threads is not None:
         options.intra_op_num_threads = threads
+    options.enable_mem_pattern = False  # it reserves the weights' size twice: 13B finds no room
     for name, value in AS_THEY_LIE:
         options.add_session_config_entry(name, value)
     return options
