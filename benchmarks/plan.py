@@ -4,7 +4,8 @@
 
 The true 2B model in bf16 for SM89, up to 2 branches of 16,384 tokens (1024x1024x121): the engine's
 bytes, the builder's host memory and the activation memory that it reports. No GPU is needed, but
-12 GB of memory, and 11 GB of disk. Everything written is removed. The last line is JSON.
+12 GB of memory, and 11 GB of disk. Everything written is removed. The last line is JSON, the
+exit code 1 when the plan is further off than LIMITS.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ def planned(checkpoint: Path, stages: Sequence[str]) -> dict[str, Facts]:
 def print_plan(checkpoint: Path, stages: Sequence[str]) -> None:
     """Run in a process of its own: this one stays small, so that it does not count in others'."""
     from ltx_export import plan, plan_report, sources, stage_plan
-    from ltx_export.plan_order import Order
+    from ltx_export.plan_question import Question
 
-    order = Order((SHAPE,), branches=BRANCHES, gpus=("rtx 4090",))
-    found = plan.make(order, stage_plan.parts(sources.read(checkpoint), order, stages))
+    question = Question((SHAPE,), branches=BRANCHES, gpus=("rtx 4090",))
+    found = plan.make(question, stage_plan.parts(sources.read(checkpoint), question, stages))
     print(json.dumps(plan_report.document(found)["stages"]))
 
 
@@ -92,24 +93,31 @@ def benchmark(checkpoint: Path, stages: Sequence[str], work: Path) -> Facts:
     return report | {"met": all(all(report[stage]["met"].values()) for stage in stages)}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--stages", default="transformer,vae_decoder")
-    parser.add_argument("--checkpoint", type=Path, help="else a random 2B is made")
-    parser.add_argument("--work", type=Path, help="where files go for a while")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="else a random 2B; zeros are too small an engine"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "build", help="a folder with 11 GB left"
+    )
     parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     stages = options.stages.split(",")
     if options.plan:
         print_plan(options.plan, stages)
-        return
+        return 0
+    options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
         checkpoint = options.checkpoint or work / "2b.safetensors"
         if not options.checkpoint:
             run([sys.executable, MAKE, "--model", "2b", "--out", checkpoint])
-        print(json.dumps(benchmark(checkpoint, stages, work)))
+        report = benchmark(checkpoint, stages, work)
+    print(json.dumps(report))
+    return 0 if report["met"] else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,6 +9,7 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +26,9 @@ BITS = MappingProxyType(
 
 HEADER_LIMIT = 100_000_000
 """The format's own limit on the header's length, in bytes."""
+
+MOST_AXES = 64
+"""Of a tensor: numpy's limit."""
 
 
 class CheckpointError(ValueError):
@@ -54,13 +58,27 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header; every byte range must lie inside the file and fit its shape.
+    """Read and check the header: every byte range lies inside the file, fits its shape, and is one
+    tensor's alone.
 
     Raises:
-        CheckpointError: not a safetensors file, or cut short.
+        CheckpointError: not a safetensors file, malformed, or cut short.
         OSError: the file cannot be read.
     """
     size = path.stat().st_size
+    text = _text(path, size)
+    table = _table(path, text)
+    metadata = _metadata(path, table.pop("__metadata__", {}))
+    start = 8 + len(text)
+    tensors = {name: _tensor(path, name, entry, start) for name, entry in table.items()}
+    wanted = max((info.end for info in tensors.values()), default=start)
+    if size < wanted:
+        raise _truncated(path, found=size, wanted=wanted)
+    _check_apart(path, tensors)
+    return Header(path, MappingProxyType(tensors), MappingProxyType(metadata))
+
+
+def _text(path: Path, size: int) -> bytes:
     with path.open("rb") as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else None
@@ -72,20 +90,33 @@ def read_header(path: Path) -> Header:
         text = file.read(length)
     if len(text) < length:
         raise _truncated(path, found=size, wanted=8 + length)
+    return text
+
+
+def _table(path: Path, text: bytes) -> dict[str, Any]:
     try:
         table = json.loads(text)
+    except RecursionError:
+        raise CheckpointError(
+            f"{path}: its header is nested too deeply for JSON; download it again"
+        ) from None
     except ValueError:
         raise CheckpointError(f"{path}: its header is not JSON; download it again") from None
     if not isinstance(table, dict):
         raise CheckpointError(f"{path}: its header is not a JSON object; download it again")
-    metadata = table.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
+    return table
+
+
+def _metadata(path: Path, found: Any) -> dict[str, str]:
+    if not isinstance(found, dict):
         raise CheckpointError(f"{path}: its __metadata__ is not a JSON object; download it again")
-    tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in table.items()}
-    wanted = max((info.end for info in tensors.values()), default=8 + length)
-    if size < wanted:
-        raise _truncated(path, found=size, wanted=wanted)
-    return Header(path, MappingProxyType(tensors), MappingProxyType(metadata))
+    for key, value in found.items():
+        if not isinstance(value, str):
+            raise CheckpointError(
+                f"{path}: metadata {key!r} is a {type(value).__name__}, wanted a string; "
+                "save it with safetensors, which refuses anything else"
+            )
+    return found
 
 
 def _truncated(path: Path, *, found: int, wanted: int) -> CheckpointError:
@@ -96,18 +127,48 @@ def _truncated(path: Path, *, found: int, wanted: int) -> CheckpointError:
 
 def _tensor(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     try:
-        dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-        begin, end = (start + int(offset) for offset in entry["data_offsets"])
+        dtype, sizes = entry["dtype"], entry["shape"]
+        begin, end = entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{path}: the header's entry of {name!r} is malformed") from None
-    if dtype not in BITS:
-        raise CheckpointError(f"{path}: {name} has element type {dtype!r}, which is not known here")
+        raise _malformed(path, name, "wanted dtype, shape and data_offsets") from None
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise CheckpointError(
+            f"{path}: {name!r} has element type {dtype!r}, which is not known here; "
+            f"known are {', '.join(BITS)}"
+        )
+    if not isinstance(sizes, list) or len(sizes) > MOST_AXES or not all(map(_is_size, sizes)):
+        raise _malformed(path, name, f"wanted at most {MOST_AXES} sizes from 0 in its shape")
+    if not (_is_size(begin) and _is_size(end) and begin <= end):
+        raise _malformed(path, name, "wanted data_offsets [begin, end], 0 <= begin <= end")
+    shape = tuple(sizes)
     if (end - begin) * 8 != prod(shape) * BITS[dtype]:
         raise CheckpointError(
-            f"{path}: {name} has {end - begin} bytes, shape {shape} of {dtype} needs "
-            f"{prod(shape) * BITS[dtype] // 8}"
+            f"{path}: {name!r} has {end - begin} bytes, shape {sizes} of {dtype} needs "
+            f"{prod(shape) * BITS[dtype] // 8}; download it again"
         )
-    return TensorInfo(dtype, shape, begin, end)
+    return TensorInfo(dtype, shape, start + begin, start + end)
+
+
+def _is_size(value: Any) -> bool:
+    """An integer that the format's 64 bits hold; JSON's true, 2.0 and 1e400 are none."""
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _malformed(path: Path, name: str, wanted: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: the header's entry of {name!r} is malformed, {wanted}; download it again"
+    )
+
+
+def _check_apart(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Tensors lie in any order; those without bytes lie anywhere."""
+    ranges = sorted((i.begin, i.end, name) for name, i in tensors.items() if i.begin < i.end)
+    for (_, end, name), (begin, _, following) in pairwise(ranges):
+        if begin < end:
+            raise CheckpointError(
+                f"{path}: {name!r} and {following!r} lie on the same bytes; "
+                "download it again, or save it with safetensors"
+            )
 
 
 def difference(

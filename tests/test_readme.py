@@ -31,6 +31,8 @@ def clean() -> None:
     """As on a fresh clone; the demo's bundle may stay, it is made anew when it is too old."""
     for folder in ("demo", "build/mine", "build/13b"):
         shutil.rmtree(ROOT / folder, ignore_errors=True)
+    for file in (ROOT / "build").glob("*.safetensors"):
+        file.unlink()
 
 
 def test_the_readme_shows_commands() -> None:

@@ -16,6 +16,7 @@ import sys
 import zlib
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -211,6 +212,9 @@ def _follow(steps: Iterator[tuple[int, int]], what: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    if find_spec("torch") is None:
+        print("make_checkpoint: it reads layouts off ltx_ref, which needs torch", file=sys.stderr)
+        return 2
     return invoke(app, "make_checkpoint", arguments)
 
 

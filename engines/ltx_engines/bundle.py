@@ -69,12 +69,17 @@ class StageEntry(_Frozen):
     opset: Count | None = None
 
 
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 class FileEntry(_Frozen):
-    """Either the hash, or the time of the last change in nanoseconds, says that it is the same."""
+    """The hash says that a file is the same. Where nobody has read it all, the time of its last
+    change in nanoseconds and the hash of a sample (`hashes.sample`) stand for that."""
 
     bytes: Annotated[int, Field(ge=0)]
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    sha256: Sha256 | None = None
     modified_ns: int | None = None
+    sample: Sha256 | None = None
 
 
 class TokenizerEntry(_Frozen):
@@ -200,15 +205,12 @@ def open_bundle(path: Path, *, cache: Path | None = None) -> Bundle:
     for name, file in files.items():
         wanted = manifest.files[name].sha256
         if wanted is None:
-            _check_time(path, file, manifest.files[name].modified_ns)
+            _check_unread(path, file, manifest.files[name])
             continue
         with _told(file):
             found = hashes.verify(file, wanted, cache)
         if found != wanted:
-            raise UserError(
-                f"{file} has sha256 {found[:12]}, the manifest says {wanted[:12]}; "
-                f"copy it again or {AGAIN}"
-            )
+            raise _other_hash(file, found, wanted)
     return Bundle(path, manifest)
 
 
@@ -267,20 +269,27 @@ def seal(
     return sealed
 
 
-def reseal(folder: Path) -> tuple[str, ...]:
-    """Hash the files that only have a time so far; returns their names.
+def reseal(folder: Path, *, accept_changed: bool = False) -> tuple[str, ...]:
+    """Hash the files that have no hash yet; returns their names.
+
+    `accept_changed` takes them as they are now, whatever the manifest says of them.
 
     Raises:
-        UserError: no bundle, or a file has another size than the manifest says.
+        UserError: no bundle, or a file is not the one of the manifest.
     """
     manifest = _read(folder)
     added: dict[str, FileEntry] = {}
     for name, file in _places(folder, manifest).items():
         entry = manifest.files[name]
         _check_size(file, entry.bytes)
+        if entry.sha256 is None and not accept_changed:
+            _check_unread(folder, file, entry)
+        with _told(file):
+            found = hashes.sha256(file)
         if entry.sha256 is None:
-            with _told(file):
-                added[name] = FileEntry(bytes=entry.bytes, sha256=hashes.sha256(file))
+            added[name] = FileEntry(bytes=entry.bytes, sha256=found)
+        elif found != entry.sha256:
+            raise _other_hash(file, found, entry.sha256)
     with _told(f"cannot seal {folder}"):
         _write(folder, manifest.model_copy(update={"files": {**manifest.files, **added}}))
     return tuple(added)
@@ -394,13 +403,21 @@ def _check_size(file: Path, wanted: int) -> None:
         )
 
 
-def _check_time(bundle: Path, file: Path, wanted: int | None) -> None:
+def _other_hash(file: Path, found: str, wanted: str) -> UserError:
+    return UserError(
+        f"{file} has sha256 {found[:12]}, the manifest says {wanted[:12]}; copy it again or {AGAIN}"
+    )
+
+
+def _check_unread(bundle: Path, file: Path, wanted: FileEntry) -> None:
     with _told(file):
-        found = file.stat().st_mtime_ns
-    if found != wanted:
+        found, sample = file.stat().st_mtime_ns, hashes.sample(file)
+    if sample != wanted.sample:
+        raise UserError(f"{file} has other contents than when it was exported; {AGAIN}")
+    if found != wanted.modified_ns:
         raise UserError(
-            f"{file} was changed {_clock(found)}, the manifest says {_clock(wanted)}; {AGAIN}, or "
-            f"if it is an unchanged copy: ltx-export seal {bundle}"
+            f"{file} was changed {_clock(found)}, the manifest says {_clock(wanted.modified_ns)}; "
+            f"{AGAIN}, or if it is only a copy: ltx-export seal --accept-changed {bundle}"
         )
 
 
@@ -416,7 +433,7 @@ def _entry(file: Path, name: str, hashing: Hashing) -> FileEntry:
         return FileEntry(bytes=size, sha256=known)
     if size < hashes.STAMP_FROM or hashing.everything:
         return FileEntry(bytes=size, sha256=hashes.sha256(file))
-    return FileEntry(bytes=size, modified_ns=file.stat().st_mtime_ns)
+    return FileEntry(bytes=size, modified_ns=file.stat().st_mtime_ns, sample=hashes.sample(file))
 
 
 def _check_target(target: Path, *, overwrite: bool) -> None:

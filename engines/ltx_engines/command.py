@@ -1,8 +1,11 @@
 """How a command ends: what the user can mend is one line on stderr and exit code 2."""
 
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 from ltx_engines.errors import UserError
@@ -11,7 +14,8 @@ if TYPE_CHECKING:
     import typer
 
 INTERRUPTED = 130
-"""As a shell reports a process that Ctrl-C ended."""
+"""As a shell reports a process that Ctrl-C ended. SIGTERM ends a command in the same way: it
+cleans up first."""
 
 
 def invoke(
@@ -31,6 +35,7 @@ def invoke(
     usage_error = cast(Any, typer.BadParameter.__mro__[1])
     errors: tuple[type[Exception], ...] = (UserError, OSError, *mendable)
     logging.basicConfig(format=f"{name}: %(message)s", stream=sys.stderr)
+    before = _on_termination(_interrupt)
     try:
         code = app(arguments, prog_name=name, standalone_mode=False) or 0
     except MemoryError as error:
@@ -41,9 +46,25 @@ def invoke(
         return _complain(name, f"{error.format_message()} ({name} --help)", 2)
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
+    finally:
+        _on_termination(before)
     if code == INTERRUPTED:
         return _complain(name, "interrupted; nothing is half-written", INTERRUPTED)
     return int(code)
+
+
+Handler = Callable[[int, FrameType | None], Any] | int | None
+
+
+def _on_termination(handler: Handler) -> Handler:
+    """What SIGTERM does from now on; returns what it did. Only a main thread may say."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _said(error: Exception) -> str:

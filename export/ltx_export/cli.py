@@ -37,6 +37,18 @@ class Precisions(StrEnum):
     bfloat16 = "bfloat16"
 
 
+Lora = Annotated[
+    list[str], typer.Option(metavar="FILE[:STRENGTH]", help="Fuse a LoRA; may be repeated.")
+]
+Placement = Annotated[
+    Weights,
+    typer.Option(
+        help="Hard links cost no disk, copies can leave the disk, references lead anywhere."
+    ),
+]
+Mode = Annotated[
+    StgModes | None, typer.Option(help="What guidance by perturbed blocks does to them.")
+]
 IgnoreKeys = Annotated[
     list[str],
     typer.Option(
@@ -70,26 +82,17 @@ def onnx(  # noqa: PLR0913 - options of a command
     pipeline_config: Annotated[
         Path | None, typer.Option(help="An original ltxv-*.yaml: the bundle's defaults.")
     ] = None,
-    stg_mode: Annotated[
-        StgModes | None, typer.Option(help="What guidance by perturbed blocks does to them.")
-    ] = None,
+    stg_mode: Mode = None,
     precision: Annotated[
         Precisions | None,
         typer.Option(help="Convert the weights; else they stay as they are, and where they are."),
     ] = None,
-    lora: Annotated[
-        list[str], typer.Option(metavar="FILE[:STRENGTH]", help="Fuse a LoRA; may be repeated.")
-    ] = [],  # noqa: B006 - typer copies it
+    lora: Lora = [],  # noqa: B006 - typer copies it
     opset: Annotated[
         int | None,
         typer.Option(help="23 for TensorRT, 20 for ONNX Runtime; else by the element type."),
     ] = None,
-    weights: Annotated[
-        Weights,
-        typer.Option(
-            help="Hard links cost no disk, copies can leave the disk, references lead anywhere."
-        ),
-    ] = Weights.link,
+    weights: Placement = Weights.link,
     hash_everything: Annotated[
         bool, typer.Option("--hash", help="Hash large weights now; ltx-export seal does it later.")
     ] = False,
@@ -128,11 +131,14 @@ def onnx(  # noqa: PLR0913 - options of a command
 @app.command()
 def seal(
     bundle: Annotated[Path, typer.Argument(help="A bundle of large, unhashed files.")],
+    accept_changed: Annotated[
+        bool, typer.Option("--accept-changed", help="Take them as they are now, e.g. copied.")
+    ] = False,
 ) -> None:
     """Hash what an export did not read, so that the bundle can be checked on another machine."""
     from ltx_engines.bundle import reseal
 
-    added = reseal(bundle)
+    added = reseal(bundle, accept_changed=accept_changed)
     typer.echo(f"{bundle}: {len(added)} hashed" + "".join(f", {name}" for name in added))
 
 
@@ -174,10 +180,13 @@ def cache(
     from ltx_export import weight_cache
 
     if clear:
-        typer.echo(f"{weight_cache.clear():,} bytes freed")
+        cleared = weight_cache.clear()
+        held = f"; {cleared.held:,} more when the bundles that link to them are deleted"
+        typer.echo(f"{cleared.freed:,} bytes freed{held if cleared.held else ''}")
         return
     for entry in weight_cache.entries():
-        typer.echo(f"{entry.file}: {entry.bytes:,} bytes, {entry.name or 'incomplete'}")
+        linked = ", linked by a bundle" if entry.linked else ""
+        typer.echo(f"{entry.file}: {entry.bytes:,} bytes, {entry.name or 'incomplete'}{linked}")
 
 
 @app.command()
@@ -185,9 +194,16 @@ def plan(  # noqa: PLR0913 - options of a command
     checkpoint: Annotated[Path, typer.Argument(help="The original single-file .safetensors.")],
     text_encoder: Annotated[Path | None, typer.Option(help="Plan it too: its folder.")] = None,
     upsampler: Annotated[Path | None, typer.Option(help="Plan it too: its file.")] = None,
+    stages: Annotated[
+        str, typer.Option(help="all that are in the files, or some of them, with commas.")
+    ] = "all",
     precision: Annotated[
         str | None,
         typer.Option(help="fp32, fp16, bf16, fp8, int8, ..., of the transformer; else its own."),
+    ] = None,
+    rest_precision: Annotated[
+        str | None,
+        typer.Option(help="Of the other stages; else --precision if it is a float type, or bf16."),
     ] = None,
     shape: Annotated[
         list[str],
@@ -200,6 +216,10 @@ def plan(  # noqa: PLR0913 - options of a command
     branches: Annotated[
         int | None, typer.Option(help="1, or more for guidance: CFG and STG add one each.")
     ] = None,
+    text_tokens: Annotated[int | None, typer.Option(help="Of a prompt; else 256.")] = None,
+    per_token: Annotated[
+        bool, typer.Option("--per-token", help="A timestep for each token, as for given images.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     ignore_config_key: IgnoreKeys = [],  # noqa: B006 - typer copies it
 ) -> None:
@@ -210,20 +230,25 @@ def plan(  # noqa: PLR0913 - options of a command
 
     from ltx_export import plan as planning
     from ltx_export import plan_report, sources, stage_plan
-    from ltx_export.plan_order import Order, usual
+    from ltx_export.plan_question import Question, usual
+    from ltx_ref.text import MAX_LENGTH
 
+    wanted = _stages(stages)
     found = sources.read(checkpoint, text_encoder, upsampler, ignore_config_key)
     usual_steps, usual_branches = usual(found.config)
-    order = Order(
+    question = Question(
         shapes=tuple(shape),
         precision=precision,
+        rest_precision=rest_precision,
         gpus=tuple(gpu),
         steps=usual_steps if steps is None else steps,
         branches=usual_branches if branches is None else branches,
+        text_tokens=MAX_LENGTH if text_tokens is None else text_tokens,
+        per_token=per_token,
     )
-    given = {"text_encoder": text_encoder, "latent_upsampler": upsampler}
-    stages = [name for name in (*STAGES, *OPTIONAL) if given.get(name, checkpoint) is not None]
-    made = planning.make(order, stage_plan.parts(found, order, stages))
+    choice = stage_plan.choose(found, wanted)
+    parts = stage_plan.parts(found, question, choice.stages)
+    made = planning.make(question, parts, choice.left_out)
     if as_json:
         typer.echo(json.dumps(plan_report.document(made), indent=2))
     else:
@@ -269,6 +294,8 @@ def _stages(words: str) -> tuple[str, ...] | None:
         return None
     known = (*STAGES, *OPTIONAL)
     chosen = [word.strip() for word in words.split(",")]
+    if "all" in chosen:
+        raise UserError(f"--stages {words}: all means each of them; name some, or only all")
     for word in chosen:
         if word not in known:
             raise UserError(

@@ -22,6 +22,9 @@ VIEWS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 REFUSALS = (defs.SchemaError, shape_inference.InferenceError, onnx.checker.ValidationError)
 """How ONNX says that a node breaks its operator's rules."""
 
+LIKE_INPUT = frozenset({"GroupNormalization"})
+"""Operators without a shape inference in ONNX, whose output is as their first input."""
+
 Axes = Mapping[str, int]
 
 
@@ -37,16 +40,6 @@ class Array:
     @property
     def bytes(self) -> int:
         return -(-self.elements * self.dtype.bitwidth // 8)
-
-
-def infer(model: ir.Model, axes: Axes) -> dict[str, Array]:
-    """The element type and shape of every tensor of the graph, by name.
-
-    Raises:
-        ValueError: an input's axis has no size in `axes`.
-        AssertionError: a node's shape does not follow from its inputs', or breaks them.
-    """
-    return {name_of(value): array for value, array in walk(model, axes).arrays.items()}
 
 
 @dataclass(slots=True)
@@ -79,6 +72,11 @@ class Walk:
 
 
 def walk(model: ir.Model, axes: Axes) -> Walk:
+    """
+    Raises:
+        ValueError: an input's axis has no size in `axes`.
+        AssertionError: a node's shape does not follow from its inputs', or breaks them.
+    """
     if model.functions:
         raise AssertionError(f"functions were not inlined: {len(model.functions)}")
     found = Walk(model.graph, model.opset_imports)
@@ -184,6 +182,8 @@ def _evaluate(walk: Walk, node: ir.Node, inputs: Sequence[ir.Value]) -> Sequence
 
 
 def _infer_node(walk: Walk, node: ir.Node, inputs: Sequence[ir.Value]) -> list[Array]:
+    if node.domain == "" and node.op_type in LIKE_INPUT:
+        return [walk.arrays[inputs[0]]]
     opset = walk.opsets.get(node.domain, 0)
     data = {
         name_of(v): onnx.numpy_helper.from_array(walk.known[v]) for v in inputs if v in walk.known

@@ -10,13 +10,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -26,6 +26,7 @@ from ltx_engines.errors import UserError
 from ltx_export import convert
 from ltx_export.convert import Numbers
 from ltx_export.lora import Adapter, Patch
+from ltx_export.lora_file import listed
 from ltx_ref.checkpoint import BITS, Header, TensorInfo, read_header
 
 PROVENANCE = "ltx_trt.lora"
@@ -46,25 +47,31 @@ class Progress:
 
 
 def planned(
-    header: Header, precision: Precision | None = None, adapters: Sequence[Adapter] = ()
+    header: Header,
+    precision: Precision | None = None,
+    adapters: Sequence[Adapter] = (),
+    keep: Collection[str] | None = None,
 ) -> Header:
     """The header of the file that `write` will make; the given one if there is nothing to do.
 
+    Only tensors named in `keep` go into the new file, None keeps all; it may name others' too.
+
     Raises:
-        UserError: the file is quantized.
+        UserError: the file is quantized, or a LoRA changes nothing that is kept.
     """
     types = convert.types(header, precision)
-    changed = any(types[name] != info.dtype for name, info in header.tensors.items())
+    tensors = {name: i for name, i in header.tensors.items() if keep is None or name in keep}
+    changed = any(types[name] != info.dtype for name, info in tensors.items())
     if not adapters and not changed:
         return header
     if adapters:
-        _check_fusible(header, types, adapters)
+        _check_fusible(header, {name: types[name] for name in tensors}, adapters)
     words = [header.path.stem, "lora" if adapters else None, precision if changed else None]
     path = header.path.with_name(".".join(word for word in words if word) + ".safetensors")
     metadata = MappingProxyType({**header.metadata, **_provenance(header, adapters)})
-    bare = Header(path, MappingProxyType(_layout(header, types, 0)), metadata)
-    tensors = _layout(header, types, len(head(bare)))
-    return Header(path, MappingProxyType(tensors), metadata)
+    bare = Header(path, MappingProxyType(_layout(tensors, types, 0)), metadata)
+    placed = _layout(tensors, types, len(head(bare)))
+    return Header(path, MappingProxyType(placed), metadata)
 
 
 def write(
@@ -83,28 +90,34 @@ def write(
     _check_unchanged(source)
     _check_room(path, total)
     try:
-        with source.path.open("rb") as file, _told(path), partial.open("xb") as out:
+        with source.path.open("rb") as file, told(path), partial.open("xb") as out:
             for piece in _pieces(file, source, target, adapters):
                 out.write(piece)
                 digest.update(piece)
                 yield Progress(out.tell(), total)
             out.flush()
             os.fsync(out.fileno())  # a kept file is trusted later without being read
-        with _told(path):
+        with told(path):
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return digest.hexdigest()
 
 
-def finish(work: Generator[Any, None, T]) -> T:
-    """Do all of it without looking at its progress."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            result: T = end.value
-            return result
+def percents(work: Generator[Progress, None, T], what: str) -> Generator[str, None, T]:
+    """Say at each percent how far the work is, and return what it returns."""
+    last = -1
+    with closing(work):
+        while True:
+            try:
+                progress = next(work)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            percent = 100 * progress.done // max(progress.total, 1)
+            if percent > last:
+                yield f"{what}: {percent} %"
+                last = percent
 
 
 def size(header: Header) -> int:
@@ -117,7 +130,7 @@ def head(header: Header) -> bytes:
     metadata = dict(header.metadata)
     table: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     start = min((info.begin for info in header.tensors.values()), default=0)
-    for name, info in _in_order(header):
+    for name, info in _in_order(header.tensors):
         offsets = [info.begin - start, info.end - start]
         table[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
     text = json.dumps(table, separators=(",", ":")).encode()
@@ -125,19 +138,21 @@ def head(header: Header) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _in_order(header: Header) -> list[tuple[str, TensorInfo]]:
+def _in_order(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, TensorInfo]]:
     """As the data lie in the file; of tensors without data, which share a place, as named."""
-    return sorted(header.tensors.items(), key=lambda item: (item[1].begin, item[1].end))
+    return sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end))
 
 
-def _layout(header: Header, types: Mapping[str, str], start: int) -> dict[str, TensorInfo]:
+def _layout(
+    tensors: Mapping[str, TensorInfo], types: Mapping[str, str], start: int
+) -> dict[str, TensorInfo]:
     """Wide types first, so that every number is aligned; otherwise in the old file's order."""
-    tensors = {}
-    for name, info in sorted(_in_order(header), key=lambda item: -BITS[types[item[0]]]):
+    placed = {}
+    for name, info in sorted(_in_order(tensors), key=lambda item: -BITS[types[item[0]]]):
         end = start + prod(info.shape) * BITS[types[name]] // 8
-        tensors[name] = TensorInfo(types[name], info.shape, start, end)
+        placed[name] = TensorInfo(types[name], info.shape, start, end)
         start = end
-    return tensors
+    return placed
 
 
 def _provenance(header: Header, adapters: Sequence[Adapter]) -> dict[str, str]:
@@ -145,7 +160,7 @@ def _provenance(header: Header, adapters: Sequence[Adapter]) -> dict[str, str]:
         return {}
     try:
         before = list(json.loads(header.metadata.get(PROVENANCE, "[]")))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise UserError(
             f"{header.path}: its metadata {PROVENANCE} is not a JSON list; start from the original"
         ) from None
@@ -157,10 +172,20 @@ def _provenance(header: Header, adapters: Sequence[Adapter]) -> dict[str, str]:
 
 
 def _check_fusible(header: Header, types: Mapping[str, str], adapters: Sequence[Adapter]) -> None:
-    """A LoRA goes into float weights; what is to be quantized is quantized afterwards."""
+    """A LoRA goes into float weights; what is to be quantized is quantized afterwards.
+
+    `types` are those of the tensors that are kept.
+    """
     convert.check_kind(header, "takes no LoRA")
+    for adapter in adapters:
+        if not adapter.patches.keys() & types.keys():
+            raise UserError(
+                f"{adapter.path}: the stages that were chosen read none of the "
+                f"{len(adapter.patches):,} weights that it changes ({listed(adapter.patches)}); "
+                "choose their stage too, or leave the LoRA out"
+            )
     for name in (name for adapter in adapters for name in adapter.patches):
-        if types[name] not in convert.FLOATS:
+        if name in types and types[name] not in convert.FLOATS:
             raise UserError(
                 f"{header.path}: {name} is {types[name]}, a LoRA is fused into float weights; "
                 "add --precision bfloat16, or start from the bfloat16 checkpoint"
@@ -181,7 +206,7 @@ def _pieces(
     file: BinaryIO, source: Header, target: Header, adapters: Sequence[Adapter]
 ) -> Iterator[memoryview]:
     yield memoryview(head(target))
-    for name, info in _in_order(target):
+    for name, info in _in_order(target.tensors):
         patches = [patch for adapter in adapters for patch in adapter.patches.get(name, ())]
         what = f"{source.path}: {name}{' with its LoRA' if patches else ''}"
         for numbers in _numbers(file, source.tensors[name], patches):
@@ -216,7 +241,7 @@ def _fused(numbers: Numbers, patches: Sequence[Patch], begin: int, end: int) -> 
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def told(path: Path) -> Iterator[None]:
     """What the operating system refuses, a user can mend."""
     try:
         yield

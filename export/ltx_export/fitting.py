@@ -11,7 +11,7 @@ import onnx_ir as ir
 from ltx_engines.shapes import SPACE, TIME
 from ltx_engines.targets import GIGA, PRECISIONS, Precision, Target
 from ltx_export.graph_costs import INT32_MAX, Costs, Kernel
-from ltx_export.plan_order import FLOATS, Number
+from ltx_export.plan_question import FLOATS, Number
 from ltx_export.stage_plan import Grid, StagePlan, Workshop, is_small, stored
 
 ARENA = 1.1

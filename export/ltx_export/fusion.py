@@ -6,14 +6,26 @@ from pathlib import Path
 
 from ltx_engines.errors import UserError
 from ltx_export import derive, lora
+from ltx_export.lora_file import listed
 from ltx_ref.checkpoint import read_header
 
 
 def lines(words: Sequence[str], checkpoint: Path | None) -> Iterator[str]:
-    """What each LoRA is and, given a checkpoint, whether it fits."""
+    """What each LoRA is and, given a checkpoint, whether it fits.
+
+    Raises:
+        UserError, CheckpointError: at the end, one does not fit; earlier, one is no LoRA.
+    """
     header = None if checkpoint is None else read_header(checkpoint)
+    unfit = []
     for wish in lora.parse(words):
-        yield from lora.lines(wish.path, header)
+        fits = yield from lora.lines(wish, header)
+        if not fits:
+            unfit.append(str(wish.path))
+    if unfit:
+        raise UserError(
+            f"{listed(unfit)} cannot be fused into {checkpoint}; see the report for the reason"
+        )
 
 
 def fuse(words: Sequence[str], checkpoint: Path, out: Path) -> Iterator[str]:
@@ -29,9 +41,5 @@ def fuse(words: Sequence[str], checkpoint: Path, out: Path) -> Iterator[str]:
         raise UserError(f"{out} is there already; choose another name")
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out}: there is no folder {out.absolute().parent}; create it first")
-    target, last = derive.planned(header, adapters=adapters), -1
-    for progress in derive.write(header, target, out, adapters):
-        percent = 100 * progress.done // max(progress.total, 1)
-        if percent > last:
-            yield f"writing {out.name}: {percent} %"
-            last = percent
+    target = derive.planned(header, adapters=adapters)
+    yield from derive.percents(derive.write(header, target, out, adapters), f"writing {out.name}")

@@ -95,18 +95,11 @@ class Costs:
     def flops(self) -> int:
         return sum(kernel.flops for kernel in self.kernels)
 
-    @property
-    def weight_bytes(self) -> dict[ir.DataType, int]:
-        found: Counter[ir.DataType] = Counter()
-        for weight in self.weights.values():
-            found[weight.dtype] += weight.bytes
-        return dict(found)
-
 
 def cost(model: ir.Model, axes: Axes) -> Costs:
     """
     Raises:
-        ValueError, AssertionError: as `infer`; or no formula is known for a heavy operator.
+        ValueError, AssertionError: as `walk`; or no formula is known for a heavy operator.
     """
     walk = concrete_shapes.walk(model, axes)
     uses = _uses(walk)

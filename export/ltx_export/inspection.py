@@ -30,6 +30,8 @@ LARGEST = 10
 """Tensors that are listed when nobody asks for all."""
 
 INDEX = ".index.json"
+T5 = (text.SHARED, "encoder.")
+"""How the names in a text encoder's file begin; a checkpoint's all have a prefix before that."""
 UPSAMPLER = "initial_conv.weight"
 """A tensor that only a latent upsampler's file has: its names have no prefix."""
 
@@ -48,6 +50,8 @@ def lines(path: Path, ignore: Collection[str] = (), tensors: int | None = LARGES
     yield from _tensor_lines(whole, tensors)
     if path.is_dir():
         yield from _text_lines(text.encoder_folder(path), whole)
+    elif any(name.startswith(T5) for name in whole.tensors):
+        yield from _text_lines(text.encoder_folder(path.parent), whole)
     elif UPSAMPLER in whole.tensors:
         yield from _upsampler_lines(whole, ignore)
     else:

@@ -7,11 +7,14 @@ import onnx_ir as ir
 
 from ltx_engines.stages import Stage
 from ltx_export.axes import DERIVED, EXAMPLE, Derived
-from ltx_export.element_types import ONNX_TYPES, element_type
+from ltx_export.element_types import ONNX_TYPES, OWN, element_type
 
 INLINE_LIMIT = 32 * 1024
 """Bytes of a constant inside the graph. The largest is a row of ones as wide as the model (13B:
 16 KiB, the affine part that ONNX wants of a LayerNormalization without one)."""
+
+RANK_LIMIT = 8
+"""TensorRT's."""
 
 RANDOM = frozenset(
     {"Bernoulli", "Dropout", "Multinomial"}
@@ -33,6 +36,7 @@ def _problems(
 ) -> Iterator[str]:
     yield from _border_problems(model, stage, precision)
     yield from _node_problems(model)
+    yield from _value_problems(model)
     yield from _constant_problems(model, derived)
     if model.functions:
         yield f"functions were not inlined: {len(model.functions)}"
@@ -61,6 +65,28 @@ def _node_problems(model: ir.Model) -> Iterator[str]:
             yield f"{node.name} carries metadata, which may hold local paths"
         if any(str(attr.value) == str(int(ir.DataType.DOUBLE)) for attr in _casts(node)):
             yield f"{node.name} computes in float64"
+
+
+def _value_problems(model: ir.Model) -> Iterator[str]:
+    for node in model.graph:
+        if "Scatter" in node.op_type:
+            yield f"{node.name} is a {node.op_type}, for which TensorRT has no fast kernel"
+        for name, attribute in node.attributes.items():
+            if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype == OWN:
+                yield f"{node.name}: {name} is float64"
+        if any(value.dtype == OWN for value in node.outputs):
+            yield f"{node.name} computes in float64"
+        if (rank := _rank(node)) > RANK_LIMIT:
+            yield f"{node.name} has {rank} axes, TensorRT has {RANK_LIMIT}"
+
+
+def _rank(node: ir.Node) -> int:
+    """The axes of a tensor that a node makes, where the node itself says it."""
+    if node.op_type == "Transpose":
+        return len(node.attributes["perm"].as_ints())
+    target = node.inputs[1] if node.op_type == "Reshape" else None
+    known = None if target is None else target.const_value
+    return 0 if known is None else known.size
 
 
 def _casts(node: ir.Node) -> list[ir.Attr]:

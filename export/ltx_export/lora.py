@@ -4,8 +4,9 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from types import MappingProxyType
 
@@ -96,36 +97,33 @@ def read(wishes: Iterable[Wish], header: Header) -> tuple[Adapter, ...]:
     """The LoRAs, ready to be fused. One that is named twice has the sum of its strengths.
 
     Raises:
-        UserError, CheckpointError: a file is not a LoRA, or not one for this checkpoint.
+        UserError, CheckpointError: a file is not a LoRA, not one for this checkpoint, or it
+            changes nothing.
     """
-    strengths: dict[str, float] = {}
-    paths: dict[str, Path] = {}
+    several: dict[str, list[Wish]] = {}
     for wish in wishes:
-        place = os.path.realpath(wish.path)
-        strengths[place] = strengths.get(place, 0.0) + wish.strength
-        paths.setdefault(place, wish.path)
-    found = {place: lora_file.read(path) for place, path in paths.items()}
-    patches = {place: _patches(file, header, strengths[place]) for place, file in found.items()}
+        several.setdefault(os.path.realpath(wish.path), []).append(wish)
+    found = [(lora_file.read(same[0].path), _sum(same)) for same in several.values()]
+    patches = [_effective(file, header, strength) for file, strength in found]
     return tuple(
-        Adapter(
-            file.path, hashes.sha256(file.path), strengths[place], patches[place], _inputs(file)
-        )
-        for place, file in found.items()
+        Adapter(file.path, hashes.sha256(file.path), strength, added, _inputs(file))
+        for (file, strength), added in zip(found, patches, strict=True)
     )
 
 
-def lines(path: Path, header: Header | None = None) -> Iterator[str]:
-    """A report, line by line; whether it fits comes last.
+def lines(wish: Wish, header: Header | None = None) -> Generator[str, None, bool]:
+    """A report, line by line; whether it fits comes last, and is returned.
 
     Raises:
         UserError, CheckpointError: not a LoRA that can be fused.
     """
-    file = lora_file.read(path)
+    path, file = wish.path, lora_file.read(wish.path)
     modules = file.modules.values()
     pairs = [module for module in modules if "down" in module.keys]
     size, count = path.stat().st_size, len(file.header.tensors)
     types = sorted({info.dtype for info in file.header.tensors.values()})
     yield f"{path}: {size:,} bytes, {count:,} tensors ({', '.join(types)})"
+    yield f"  strength: {wish.strength:g}"
     yield f"  names: {file.style()}"
     yield f"  made for: {file.likeness()}"
     yield f"  modules: {len(modules):,}, {len(modules) - len(pairs):,} of them as plain differences"
@@ -136,8 +134,11 @@ def lines(path: Path, header: Header | None = None) -> Iterator[str]:
         yield f"    {number:,} {kind}"
     for key, value in sorted(file.header.metadata.items()):
         yield f"  metadata {key}: {' '.join(value.split())[:80]}"
-    if header is not None:
-        yield f"  {_verdict(file, header)}"
+    if header is None:
+        return True
+    fits, verdict = _verdict(file, header, wish.strength)
+    yield f"  {verdict}"
+    return fits
 
 
 def _wish(word: str) -> Wish:
@@ -156,6 +157,11 @@ def _wish(word: str) -> Wish:
         f"--lora {word}: the strength {tail!r} is not a finite number; write it as in "
         f"{head}:0.8 or {head}:-0.5{hint}"
     )
+
+
+def _sum(wishes: Iterable[Wish]) -> float:
+    """As one adds up what was written: 0.1 and 0.2 are 0.3, and with -0.3 they are nothing."""
+    return float(sum(Decimal(repr(wish.strength)) for wish in wishes))
 
 
 def _inputs(file: LoraFile) -> tuple[Path, ...]:
@@ -180,6 +186,18 @@ def _patches(file: LoraFile, header: Header, strength: float) -> Mapping[str, tu
             _check_shape(file, header, patch, name)
             patches[name] = (*patches.get(name, ()), patch)
     return MappingProxyType(patches)
+
+
+def _effective(file: LoraFile, header: Header, strength: float) -> Mapping[str, tuple[Patch, ...]]:
+    """The same, if it is anything at all."""
+    patches = _patches(file, header, strength)
+    if any(patch.scale for added in patches.values() for patch in added):
+        return patches
+    why = "strength times alpha is 0 in each module" if strength else "its strength is 0 in all"
+    raise UserError(
+        f"{file.path} changes nothing: {why}; leave it out, or give another "
+        f"{'file' if strength else 'strength'}"
+    )
 
 
 def _index(header: Header) -> dict[str, str]:
@@ -244,13 +262,14 @@ def _check_shape(file: LoraFile, header: Header, patch: Patch, name: str) -> Non
         )
 
 
-def _verdict(file: LoraFile, header: Header) -> str:
+def _verdict(file: LoraFile, header: Header, strength: float) -> tuple[bool, str]:
     try:
         convert.check_kind(header, "takes no LoRA")
-        patches = _patches(file, header, 1.0)
+        patches = _effective(file, header, strength)
     except UserError as error:
-        return f"does not fit: {error}"
-    return f"fits {header.path}: changes {len(patches):,} of {len(header.tensors):,} tensors"
+        return False, f"cannot be fused: {error}"
+    count = f"{len(patches):,} of {len(header.tensors):,} tensors"
+    return True, f"fits {header.path}: changes {count}"
 
 
 def _without_numbers(module: str) -> str:

@@ -341,7 +341,7 @@ def _parsed(table: Mapping[str, Any], header: Header, file: Path | None = None) 
 def _json_object(text: str | bytes, where: str) -> dict[str, Any]:
     try:
         table = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error}); download it again") from None
     if not isinstance(table, dict):
         raise UserError(f"{where} is not a JSON object; download it again")

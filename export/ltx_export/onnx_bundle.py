@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,8 +10,9 @@ from typing import Literal
 
 import onnx
 import onnx_ir as ir
+from platformdirs import user_cache_dir
 
-from ltx_engines import bundle, stages
+from ltx_engines import bundle, hashes, stages
 from ltx_engines.bundle import Hashing, Manifest, StageEntry, StgMode
 from ltx_engines.errors import UserError
 from ltx_export import (
@@ -26,7 +27,7 @@ from ltx_export import (
 )
 from ltx_export.graphs import Graphs
 from ltx_export.pipeline_defaults import Pipeline
-from ltx_export.sources import TEXT_FOLDER, TOKENIZER, Sources
+from ltx_export.sources import TEXT_FOLDER, TOKENIZER, Derived, Sources
 from ltx_ref.checkpoint import Header
 from ltx_ref.ltx_video.config import noise_blocks
 from ltx_ref.text import PromptTokenizer
@@ -133,6 +134,8 @@ def write(order: Order) -> Iterator[str]:
             | _elsewhere(checked.found),
             hashing=Hashing(known, order.hash_everything),
         )
+    for key, sha256 in known.items():  # written a moment ago: nobody need read them again
+        hashes.remember(order.out / key, sha256, Path(user_cache_dir("ltx-trt")))
 
 
 def check(order: Order) -> Checked:
@@ -141,17 +144,21 @@ def check(order: Order) -> Checked:
         order.checkpoint, order.text_encoder, order.upsampler, order.ignore_config_keys
     )
     chosen = order.stages or _all_stages(order)
+    _check_options(order, chosen)
     pipeline = pipeline_defaults.read(order.pipeline_config, found.config, order.stg_mode)
     graphs = Graphs(found.model(pipeline.stg_mode))
     sources.check_fit(found, chosen, graphs)
     adapters = lora.read(lora.parse(order.loras), found.checkpoint)
     if order.precision is not None or adapters:
-        found = found.derived(order.precision, adapters)
+        read = frozenset(name for stage in chosen for name in graphs.weights(stage))
+        found = found.derived(Derived(order.precision, adapters, read))
     if order.weights == "refer":
         found = found.staying()
+        _check_folders(found, chosen)
     words = None if found.text is None else sources.tokenizer(found.text, pipeline.max_length)
     precisions = {stage: sources.precision(found, stage, graphs.weights(stage)) for stage in chosen}
     _check_opset(order, precisions)
+    _check_names(found, chosen)
     _check_place(order, found, chosen)
     return Checked(found, chosen, pipeline, words, precisions, graphs, order.opset)
 
@@ -208,6 +215,29 @@ def _save(graph: Graph, folder: Path) -> None:
     (folder / graph.file).write_bytes(proto.SerializeToString(deterministic=True))
 
 
+def _check_options(order: Order, chosen: tuple[str, ...]) -> None:
+    if order.upsampler is not None and "latent_upsampler" not in chosen:
+        raise UserError(
+            "--upsampler has no effect without the stage latent_upsampler; add it to --stages"
+        )
+    if order.name is not None and not order.name.strip():
+        raise UserError("--name is empty; leave it out for the file's own name")
+
+
+def _check_names(found: Sources, chosen: tuple[str, ...]) -> None:
+    """No two files of the bundle have one name, and each name is one that a manifest may have."""
+    taken = {bundle.MANIFEST: "the manifest", f"{TEXT_FOLDER}/config.json": "a configuration"}
+    taken |= {TOKENIZER: "the tokenizer", **{f"{s}.onnx": f"the graph of {s}" for s in chosen}}
+    for header in _files(found, chosen):
+        key = found.key(header)
+        if not key.isprintable() or "\\" in key:
+            raise UserError(f"{header.path}: a file of that name cannot be in a bundle; rename it")
+        if taken.setdefault(key, str(header.path)) != str(header.path):
+            raise UserError(
+                f"{header.path} and {taken[key]} would both be {key} in the bundle; rename one"
+            )
+
+
 def _all_stages(order: Order) -> tuple[str, ...]:
     """The base pipeline's, and the upsampler if there is one."""
     return (*stages.STAGES, *(stages.OPTIONAL if order.upsampler else ()))
@@ -237,6 +267,17 @@ def _check_opset(order: Order, precisions: Mapping[str, bundle.Precision]) -> No
             )
 
 
+def _check_folders(found: Sources, chosen: tuple[str, ...]) -> None:
+    """A runtime maps the weights of a stage from one folder."""
+    for stage in chosen:
+        keys = [found.key(header) for header in found.headers(stage)]
+        if len({os.path.dirname(key) for key in keys}) > 1:
+            raise UserError(
+                f"the stage {stage} has weights in {' and '.join(keys)}, which --weights refer "
+                "wants in one folder; use --weights link or copy"
+            )
+
+
 CONVOLVES = frozenset({"vae_encoder", "vae_decoder", "latent_upsampler"})
 
 
@@ -248,6 +289,7 @@ def _check_place(order: Order, found: Sources, chosen: tuple[str, ...]) -> None:
         raise UserError(f"cannot write {order.out}: {place} is not a folder one may write in")
     needed = 0
     for header in _files(found, chosen):
+        _check_survives(order, found, header)
         if order.weights == "copy" or header.path in found.derivations:
             needed += derive.size(header)
         elif order.weights == "link" and header.path.stat().st_dev != place.stat().st_dev:
@@ -257,6 +299,16 @@ def _check_place(order: Order, found: Sources, chosen: tuple[str, ...]) -> None:
             )
     if needed > (free := shutil.disk_usage(place).free):
         raise UserError(f"{order.out} needs {needed:,} bytes, {place} has {free:,} left")
+
+
+def _check_survives(order: Order, found: Sources, header: Header) -> None:
+    """What a bundle refers to must not lie in the folder that it replaces."""
+    key = found.key(header)
+    if os.path.isabs(key) and Path(key).is_relative_to(os.path.realpath(order.out)):
+        raise UserError(
+            f"{header.path} lies in {order.out}, which is replaced; it cannot stay there: use "
+            "--weights link or copy, or another --out"
+        )
 
 
 def _place_files(
@@ -273,26 +325,12 @@ def _place_files(
         key = found.key(header)
         if (wanted := found.derivations.get(header.path)) is not None:
             work = weight_cache.place(wanted, folder / key)
-            known[key] = yield from _shown(work, f"writing {header.path.name}")
+            known[key] = yield from derive.percents(work, f"writing {header.path.name}")
         elif order.weights == "copy":
             yield f"copying {header.path.name}"
             shutil.copyfile(header.path, folder / key)
         elif order.weights == "link":
             _link(header.path, folder / key)
-
-
-def _shown(work: Generator[derive.Progress, None, str], what: str) -> Generator[str, None, str]:
-    """Say how far a file is, at each percent."""
-    last = -1
-    while True:
-        try:
-            progress = next(work)
-        except StopIteration as end:
-            return str(end.value)
-        percent = 100 * progress.done // max(progress.total, 1)
-        if percent > last:
-            yield f"{what}: {percent} %"
-            last = percent
 
 
 def _link(source: Path, target: Path) -> None:

@@ -1,22 +1,25 @@
 """What a model will take on a GPU, known before anything is converted, built or loaded.
 
-    stage_plan.parts(sources, order, stages) -> the graph and the weights' entries of each stage
-    make(order, parts) -> Plan: what each stage costs, and a yes or no for each GPU
+    stage_plan.choose(sources, wanted) -> which stages, and why not the others
+    stage_plan.parts(sources, question, stages) -> the graph and the weights' entries of each
+    make(question, parts) -> Plan: what each stage costs, and a yes or no for each GPU
     plan_report.show(plan, console), plan_report.document(plan)
 
-Everything follows from the graphs at the largest clip of the order (`graph_costs.py`) and from the
-table of GPUs. What is not in a graph was measured (`benchmarks/plan.py`) and is a named constant
-of stage_plan.py or fitting.py. Seconds are a bound, not a promise: each kernel at the vendor's full
-rate or bandwidth, whichever takes longer.
+Everything follows from the graphs at the largest clip of the question (`graph_costs.py`) and from
+the table of GPUs; a latent upsampler is counted as if that clip were what it reads. What is not in
+a graph was measured (`benchmarks/plan.py`) and is a named constant of stage_plan.py or fitting.py.
+Seconds are a bound, not a promise: each kernel at the vendor's full rate or bandwidth, whichever
+takes longer.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ltx_engines import targets
 from ltx_engines.shapes import VideoShape
 from ltx_export.fitting import Verdict, verdict
-from ltx_export.plan_order import Order, largest
+from ltx_export.plan_question import Question, largest
 from ltx_export.stage_plan import Part, StagePlan, Workshop, stage_plan
 
 SHOWN = (
@@ -25,35 +28,41 @@ SHOWN = (
 )
 """The GPUs of a plan that names none."""
 
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    order: Order
+    question: Question
     shape: VideoShape
     stages: tuple[StagePlan, ...]
     verdicts: tuple[Verdict, ...]
+    left_out: Mapping[str, str]
+    """Stages that are not counted, and why."""
 
     def run_seconds(self, verdict: Verdict) -> float | None:
         """A whole clip: the prompt once, every step, the decoder; None where it cannot be built."""
-        calls = {"text_encoder": 1, "transformer": self.order.steps, "vae_decoder": 1}
+        calls = {"text_encoder": 1, "transformer": self.question.steps, "vae_decoder": 1}
         known = verdict.seconds
         return sum(known.get(name, 0.0) * n for name, n in calls.items()) if known else None
 
     @property
     def exit_code(self) -> int:
         """3 when a GPU that was asked for says no."""
-        return 3 if self.order.gpus and not all(v.fits for v in self.verdicts) else 0
+        return 3 if self.question.gpus and not all(v.fits for v in self.verdicts) else 0
 
 
-def make(order: Order, parts: Mapping[str, Part]) -> Plan:
+def make(
+    question: Question, parts: Mapping[str, Part], left_out: Mapping[str, str] = NOTHING
+) -> Plan:
     """
     Raises:
-        UserError: the order names a shape, a precision or a GPU that there is not.
+        UserError: the question names a shape, a precision or a GPU that there is not.
         ValueError, AssertionError: a graph is not one that can be counted.
     """
-    shape = largest(order.shapes)
-    cards = [targets.find(name) for name in order.gpus or SHOWN]
-    workshop = Workshop(order, shape, parts)
+    shape = largest(question.shapes)
+    cards = [targets.find(name) for name in question.gpus or SHOWN]
+    workshop = Workshop(question, shape, parts)
     stages = tuple(stage_plan(name, workshop) for name in parts)
     verdicts = tuple(verdict(card, stages, workshop) for card in cards)
-    return Plan(order, shape, stages, verdicts)
+    return Plan(question, shape, stages, verdicts, left_out)

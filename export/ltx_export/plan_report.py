@@ -1,6 +1,7 @@
-"""A plan for people, as two tables, and for programs, as one JSON document."""
+"""A plan for people, as three tables, and for programs, as one JSON document."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -8,34 +9,43 @@ from rich.console import Console
 from rich.table import Table
 
 from ltx_engines.targets import GIGA, TERA
-from ltx_export.fitting import ARENA, RESERVED, Tiling, Verdict, needs
+from ltx_export.fitting import ARENA, RESERVED, Residency, Tiling, Verdict, needs
 from ltx_export.graph_costs import INT32_MAX
 from ltx_export.plan import Plan
 from ltx_export.stage_plan import StagePlan
 
+HOW: Mapping[Residency | None, str] = MappingProxyType(
+    {"all resident": "at once", "staged": "in turn", None: "no"}
+)
+"""For the table: short."""
 STAGED_NOTE = "one stage after another, each freed before the next"
 
-WIDTH = 140
-"""Columns that the tables need; a narrower terminal folds them, which keeps every number."""
+KEPT = "stage"
+"""A column of names, which are not folded."""
+FOLDED, UNFOLDED = 80, 120
+"""Columns that the tables need with words in two lines, and with none."""
 
 
 def console() -> Console:
-    """For stdout, wide enough."""
-    return Console(width=max(Console().width, WIDTH))
+    """For stdout; a program that reads it gets one line for each row, whatever COLUMNS says."""
+    own = Console()
+    return Console(width=max(own.width, FOLDED if own.is_terminal else UNFOLDED))
 
 
 def show(plan: Plan, console: Console) -> None:
     """Print it: tables with rules on a terminal, plain columns elsewhere."""
-    order, shape = plan.order, plan.shape
+    question, shape = plan.question, plan.shape
     console.print(
-        f"{shape.width}x{shape.height}x{shape.frames}: {shape.tokens:,} tokens, {order.steps} "
-        f"steps of {order.branches} branch{'es' if order.branches > 1 else ''}",
+        f"{shape.width}x{shape.height}x{shape.frames}: {shape.tokens:,} tokens, {question.steps} "
+        f"steps of {question.branches} branch{'es' if question.branches > 1 else ''}",
         highlight=False,
     )
-    for table in (_stages(plan, console), _gpus(plan, console)):
+    if plan.left_out:
+        console.print(_left_out(plan), highlight=False, soft_wrap=True)
+    for table in (_stages(plan, console), _memory(plan, console), _gpus(plan, console)):
         console.print(table)
     for verdict in plan.verdicts:
-        console.print(_sentence(verdict), highlight=False, soft_wrap=True)
+        console.print(_sentence(verdict, plan), highlight=False, soft_wrap=True)
     console.print(
         "Seconds are a bound from the GPU's rates, not a promise; loading engines is not in them.",
         highlight=False,
@@ -43,38 +53,57 @@ def show(plan: Plan, console: Console) -> None:
     )
 
 
+def _left_out(plan: Plan) -> str:
+    stages_of: dict[str, list[str]] = {}
+    for stage, reason in plan.left_out.items():
+        stages_of.setdefault(reason, []).append(stage)
+    return "; ".join(
+        f"{', '.join(names)} not counted: {reason}" for reason, names in stages_of.items()
+    )
+
+
 def _table(title: str, columns: Mapping[str, bool], console: Console) -> Table:
-    """Columns by name; True for numbers, which stand to the right."""
-    box = SIMPLE_HEAD if console.is_terminal else None
-    table = Table(title=title, title_justify="left", box=box, pad_edge=False)
+    """Columns by name; True for what stands to the right. Only words are ever folded."""
+    # The rules of a terminal leave a column free between two others.
+    box, gap = (SIMPLE_HEAD, 1) if console.is_terminal else (None, 2)
+    table = Table(title=title, title_justify="left", box=box, show_edge=False, pad_edge=False)
+    table.padding = (0, gap, 0, 0)
     for name, right in columns.items():
-        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+        table.add_column(name, justify="right" if right else "left", no_wrap=right or name == KEPT)
     return table
 
 
 def _stages(plan: Plan, console: Console) -> Table:
-    names = ("parameters", "disk", "export", "build", "engine", "activations", "in/out")
+    names = ("parameters", "TFLOP/call", "TFLOP/step", "largest conv")
     columns = {"stage": False, "precision": False} | dict.fromkeys(names, True)
-    columns |= {"TFLOP/call": True, "TFLOP/step": True, "largest conv": True}
-    table = _table("Stages, in GB; export and build are host memory", columns, console)
+    table = _table("Stages", columns, console)
     for stage in plan.stages:
-        costs = stage.costs
-        sizes = (stage.disk, stage.export_memory, stage.build_memory, stage.engine)
+        flops = stage.costs.flops
         table.add_row(
             stage.name,
             _precision(stage),
             f"{stage.parameters / GIGA:.3f} G",
-            *(_gb(size) for size in (*sizes, int(ARENA * costs.activations), costs.io)),
-            f"{costs.flops / _calls(stage, plan) / TERA:.1f}",
-            f"{costs.flops / TERA:.1f}" if stage.name == "transformer" else "",
+            f"{flops / _calls(stage, plan) / TERA:.1f}",
+            f"{flops / TERA:.1f}" if stage.name == "transformer" else "",
             f"{stage.most_elements / INT32_MAX:.0%} of 2^31" if stage.most_elements else "",
         )
     return table
 
 
+def _memory(plan: Plan, console: Console) -> Table:
+    names = ("disk", "export", "build", "engine", "activations", "in/out")
+    title = "Sizes in GB; host memory to export and to build"
+    table = _table(title, {"stage": False} | dict.fromkeys(names, True), console)
+    for stage in plan.stages:
+        host = (stage.disk, stage.export_memory, stage.build_memory)
+        device = (stage.engine, int(ARENA * stage.costs.activations), stage.costs.io)
+        table.add_row(stage.name, *(_gb(size) for size in (*host, *device)))
+    return table
+
+
 def _calls(stage: StagePlan, plan: Plan) -> int:
     """How many clips one call counts for: the branches of a step are one batch."""
-    return plan.order.branches if stage.name == "transformer" else 1
+    return plan.question.branches if stage.name == "transformer" else 1
 
 
 def _precision(stage: StagePlan) -> str:
@@ -84,8 +113,8 @@ def _precision(stage: StagePlan) -> str:
 
 
 def _gpus(plan: Plan, console: Console) -> Table:
-    columns = {"GPU": False, "SM": True, "GB": True, "fits": False, "how": False}
-    columns |= {"peak GB": True, "s/step": True, "s/clip": True, "VAE tiles": False}
+    columns = {"GPU": False} | dict.fromkeys(("SM", "GB", "fits"), True)
+    columns |= dict.fromkeys(("peak GB", "s/step", "s/clip", "VAE tiles"), True)
     table = _table("GPUs", columns, console)
     for verdict in plan.verdicts:
         target, seconds = verdict.target, plan.run_seconds(verdict)
@@ -94,8 +123,7 @@ def _gpus(plan: Plan, console: Console) -> Table:
             target.name,
             str(target.capability),
             f"{target.memory / GIGA:.1f}",
-            "yes" if verdict.fits else "no",
-            verdict.residency or "",
+            HOW[verdict.residency],
             _gb(max(verdict.memory.values())),
             "" if step is None else f"{step:.2f}",
             "" if seconds is None else f"{seconds:.1f}",
@@ -106,19 +134,22 @@ def _gpus(plan: Plan, console: Console) -> Table:
 
 def _tiles(verdict: Verdict) -> str:
     tiling = verdict.tilings.get("vae_decoder")
-    return "" if tiling is None else f"{tiling.count} of {tiling.pixels}"
+    if tiling is None:
+        return ""
+    return "1" if tiling.count == 1 else f"{tiling.count} of {tiling.pixels}"
 
 
 def _gb(size: int) -> str:
     return f"{size / GIGA:.2f}"
 
 
-def _sentence(verdict: Verdict) -> str:
+def _sentence(verdict: Verdict, plan: Plan) -> str:
     if not verdict.fits:
         return f"{verdict.target.name}: no. {'; '.join(verdict.reasons)}"
     most = max(verdict.memory, key=lambda name: verdict.memory[name])
     free = verdict.target.memory - RESERVED
-    how = "all stages at once" if verdict.residency == "all resident" else STAGED_NOTE
+    together = "the counted stages at once" if plan.left_out else "all stages at once"
+    how = together if verdict.residency == "all resident" else STAGED_NOTE
     return (
         f"{verdict.target.name}: yes, {how}; {most} takes the most, "
         f"{_gb(verdict.memory[most])} of {_gb(free)} GB"
@@ -131,9 +162,10 @@ def document(plan: Plan) -> dict[str, Any]:
     return {
         "shape": {"width": shape.width, "height": shape.height, "frames": shape.frames},
         "tokens": shape.tokens,
-        "steps": plan.order.steps,
-        "branches": plan.order.branches,
+        "steps": plan.question.steps,
+        "branches": plan.question.branches,
         "stages": {stage.name: _stage_document(stage, plan) for stage in plan.stages},
+        "not_counted": dict(plan.left_out),
         "gpus": [_verdict_document(verdict, plan) for verdict in plan.verdicts],
         "exit_code": plan.exit_code,
     }

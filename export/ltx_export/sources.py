@@ -48,6 +48,9 @@ PREFIXES = MappingProxyType(
 )
 """How the names of a stage's own weights begin in the checkpoint."""
 
+UPSAMPLER_TENSOR = "initial_conv.weight"
+"""Only an upscaler's file has it: its names have no prefix."""
+
 TEXT_FOLDER = "text_encoder"
 TOKENIZER = f"{TEXT_FOLDER}/tokenizer.json"
 
@@ -65,6 +68,16 @@ class TextFiles:
 class UpsamplerFile:
     header: Header
     config: UpsamplerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """What is made of the files: another element type, fused LoRAs, and of that only what is
+    `read` by a stage."""
+
+    precision: Precision | None
+    adapters: Sequence[Adapter]
+    read: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +99,7 @@ class Sources:
             self.upsampler.config if self.upsampler else None,
         )
 
-    def derived(self, precision: Precision | None, adapters: Sequence[Adapter] = ()) -> "Sources":
+    def derived(self, wanted: "Derived") -> "Sources":
         """As if all files already had their float tensors in this type, and the LoRAs.
 
         Raises:
@@ -95,12 +108,12 @@ class Sources:
         made: dict[Path, Derivation] = {}
 
         def planned(header: Header, fused: Sequence[Adapter] = ()) -> Header:
-            target = derive.planned(header, precision, fused)
+            target = derive.planned(header, wanted.precision, fused, wanted.read | {text.EMBED})
             if target is not header:
                 made[target.path] = Derivation(header, target, tuple(fused))
             return target
 
-        checkpoint = planned(self.checkpoint, adapters)
+        checkpoint = planned(self.checkpoint, wanted.adapters)
         words = self.text and replace(self.text, headers=tuple(map(planned, self.text.headers)))
         upsampler = self.upsampler and replace(
             self.upsampler, header=planned(self.upsampler.header)
@@ -159,7 +172,7 @@ def read(
     Raises:
         UserError, CheckpointError: a file is damaged, or they are of different models.
     """
-    header = read_header(checkpoint)
+    header = _checkpoint(checkpoint)
     config = read_config(header, ignore)
     words = None if text_encoder is None else _text(text_encoder, config)
     if upsampler is None:
@@ -168,6 +181,17 @@ def read(
     table = read_upsampler_config(found, ignore)
     check_latent_channels(table, config.vae.latent_channels)
     return Sources(header, config, words, UpsamplerFile(found, table))
+
+
+def _checkpoint(path: Path) -> Header:
+    if path.name.endswith(".index.json"):
+        raise UserError(
+            f"{path} is an index of shards; LTX-Video's checkpoints are one file, take the original"
+        )
+    header = read_header(path)
+    if UPSAMPLER_TENSOR in header.tensors:
+        raise UserError(f"{path} is a latent upscaler; give it with --upsampler")
+    return header
 
 
 def check_fit(found: Sources, stages: Collection[str], graphs: Graphs) -> None:

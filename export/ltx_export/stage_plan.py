@@ -8,14 +8,16 @@ from types import MappingProxyType
 
 import onnx_ir as ir
 
+from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
+from ltx_engines.stages import OPTIONAL, STAGES
 from ltx_engines.targets import Precision
 from ltx_export.axes import DERIVED, Derived
 from ltx_export.concrete_shapes import Array
 from ltx_export.graph_costs import Costs, cost
 from ltx_export.graphs import OPSETS, Graphs
-from ltx_export.plan_order import OWN, Number, Order, float_type, number
-from ltx_export.sources import Sources, check_fit
+from ltx_export.plan_question import OWN, Number, Question, float_type, number
+from ltx_export.sources import PREFIXES, Sources, check_fit
 from ltx_ref.checkpoint import TensorInfo
 
 # TensorRT-RTX 1.7.1 for SM89 on 2 CPU cores, 2026-11, benchmarks/plan.py.
@@ -79,7 +81,47 @@ class StagePlan:
         return max((conv.elements for conv in self.costs.convolutions), default=0)
 
 
-def parts(found: Sources, order: Order, stages: Iterable[str]) -> dict[str, Part]:
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The stages that are planned, and, by name, why others are not."""
+
+    stages: tuple[str, ...]
+    left_out: Mapping[str, str]
+
+
+def choose(found: Sources, wanted: Iterable[str] | None) -> Choice:
+    """The stages that were asked for; for None all that have their weights in a file.
+
+    Raises:
+        UserError: no stage has.
+    """
+    absent = _absent(found)
+    known = STAGES if found.upsampler is None else (*STAGES, *OPTIONAL)
+    stages = tuple(s for s in known if s not in absent) if wanted is None else tuple(wanted)
+    if not stages:
+        raise UserError(
+            f"{found.checkpoint.path} has no stage: none of its {len(found.checkpoint.tensors):,} "
+            f"tensors begins with one of {', '.join(PREFIXES.values())}; give the original "
+            "single-file checkpoint"
+        )
+    others = [stage for stage in known if stage not in stages]
+    if wanted is None:
+        return Choice(stages, {stage: absent[stage] for stage in others})
+    return Choice(stages, dict.fromkeys(others, "not among --stages"))
+
+
+def _absent(found: Sources) -> dict[str, str]:
+    """The stages without weights, and where these could come from."""
+    names, file = found.checkpoint.tensors, found.checkpoint.path.name
+    none = {
+        stage: f"not in {file}"
+        for stage, prefix in PREFIXES.items()
+        if not any(name.startswith(prefix) for name in names)
+    }
+    return none if found.text else none | {"text_encoder": "give --text-encoder FOLDER"}
+
+
+def parts(found: Sources, question: Question, stages: Iterable[str]) -> dict[str, Part]:
     """The stages of a checkpoint as the engines' builder will get them.
 
     Raises:
@@ -93,16 +135,16 @@ def parts(found: Sources, order: Order, stages: Iterable[str]) -> dict[str, Part
     for stage in chosen:
         weights = found.weights(stage)
         tensors = {name: weights[name].info for name in graphs.weights(stage)}
-        graph = graphs.graph(stage, float_type(stage, order, tensors), max(OPSETS))
+        graph = graphs.graph(stage, float_type(stage, question, tensors), max(OPSETS))
         made[stage] = Part(graph, tensors, model.derived())
     return made
 
 
 @dataclass(slots=True)
 class Workshop:
-    """The order's graphs, and what was counted of them already."""
+    """The question's graphs, and what was counted of them already."""
 
-    order: Order
+    question: Question
     shape: VideoShape
     parts: Mapping[str, Part]
     counted: dict[tuple[str, Grid], Costs] = field(default_factory=dict)
@@ -115,10 +157,11 @@ class Workshop:
 
     def axes(self, stage: str, grid: Grid) -> dict[str, int]:
         frames, rows, columns = grid
-        batch = {"transformer": self.order.branches, "text_encoder": min(self.order.branches, 2)}
+        branches = self.question.branches
+        batch = {"transformer": branches, "text_encoder": min(branches, 2)}
         axes = {
             "batch": batch.get(stage, 1),
-            "text": self.order.text,
+            "text": self.question.text_tokens,
             "tokens": frames * rows * columns,
             "latent_frames": frames,
             "latent_height": rows,
@@ -126,12 +169,12 @@ class Workshop:
         }
         for name, rule in self.parts[stage].derived.items():
             axes[name] = rule.factor * axes[rule.root] + rule.offset
-        return axes if self.order.per_token else axes | {"timesteps": 1}
+        return axes if self.question.per_token else axes | {"timesteps": 1}
 
 
 def stage_plan(name: str, workshop: Workshop) -> StagePlan:
     part, costs = workshop.parts[name], workshop.costs(name, workshop.shape.latent)
-    form = number(name, workshop.order, part.tensors)
+    form = number(name, workshop.question, part.tensors)
     missing = sorted(costs.weights.keys() - part.tensors.keys())
     if missing:
         raise AssertionError(f"{name}: weights of the graph are in no file: {missing[:3]}")

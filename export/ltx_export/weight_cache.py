@@ -6,6 +6,7 @@ strengths. `clear` frees them, and so does deleting the folder; bundles that lin
 whole, and the disk gets the space back when the last of these is deleted too.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -27,6 +28,9 @@ from ltx_ref.checkpoint import CheckpointError, Header, read_header
 
 FORMAT = 1
 """Of the arithmetic and the layout: with another number, nothing that was kept is found."""
+
+UNLINKABLE = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP})
+"""What a file system says that cannot link, or not there, or not once more."""
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +61,14 @@ class Entry:
     """Bundles link to it: deleting it here frees nothing yet."""
 
 
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """Bytes of what was deleted: those that the disk got back, and those that bundles hold."""
+
+    freed: int
+    held: int
+
+
 def place(wanted: Derivation, path: Path) -> Generator[Progress, None, str]:
     """Put the file that is described at `path`, and return its sha256.
 
@@ -64,15 +76,17 @@ def place(wanted: Derivation, path: Path) -> Generator[Progress, None, str]:
 
     Raises:
         UserError: as `derive.write`.
+        ValueError: there is something at `path`.
     """
+    if os.path.lexists(path):
+        raise ValueError(f"{path} is there already")
     if not _linkable(home(wanted.cache), path):
         return (yield from derive.write(wanted.source, wanted.target, path, wanted.adapters))
     entry = yield from cached(wanted)
     try:
-        os.link(entry.file, path)
-    except OSError as error:
-        log.warning("copying %s: a hard link is refused (%s)", path.name, error.strerror)
-        shutil.copyfile(entry.file, path)
+        _link(entry.file, path)
+    except FileExistsError:
+        raise ValueError(f"{path} is there already") from None
     return entry.sha256
 
 
@@ -108,13 +122,14 @@ def entries(cache: Path | None = None) -> tuple[Entry, ...]:
     return tuple(_entry(file) for file in sorted(_files(home(cache)), key=lambda file: file.name))
 
 
-def clear(cache: Path | None = None) -> int:
-    """Delete everything; returns the bytes. An export that runs at this moment fails."""
+def clear(cache: Path | None = None) -> Cleared:
+    """Delete everything. An export that runs at this moment fails."""
     found = entries(cache)
     for entry in found:
         entry.file.with_suffix(".json").unlink(missing_ok=True)
         entry.file.unlink(missing_ok=True)
-    return sum(entry.bytes for entry in found)
+    held = sum(entry.bytes for entry in found if entry.linked)
+    return Cleared(sum(entry.bytes for entry in found) - held, held)
 
 
 def home(cache: Path | None) -> Path:
@@ -174,6 +189,27 @@ def _write_note(path: Path, text: str) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in UNLINKABLE:
+            raise
+        log.warning("copying %s: a hard link is refused (%s)", target.name, error.strerror)
+        _copy(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Never onto a file that is there, which might be a link to one that others read."""
+    with source.open("rb") as file, target.open("xb") as out:
+        try:
+            with derive.told(target):
+                shutil.copyfileobj(file, out, 1 << 24)
+        except BaseException:
+            target.unlink()
+            raise
 
 
 def _linkable(folder: Path, path: Path) -> bool:

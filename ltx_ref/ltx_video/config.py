@@ -253,7 +253,7 @@ def read_config(header: Header, ignore: Collection[str] = ()) -> ModelConfig:
         return infer_config(header)
     try:
         config = json.loads(header.metadata["config"])
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{header.path}: metadata 'config' is not JSON") from None
     try:
         return parse_config(config, ignore)

@@ -78,7 +78,7 @@ def read_upsampler_config(header: Header, ignore: Collection[str] = ()) -> Upsam
         )
     try:
         config = json.loads(header.metadata["config"])
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{header.path}: metadata 'config' is not JSON") from None
     try:
         return parse_upsampler_config(config, ignore)

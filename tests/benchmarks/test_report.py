@@ -2,6 +2,7 @@
 
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -52,3 +53,13 @@ def test_an_aim_is_met_or_missed_by_its_own_figure(worse: Facts, missed: set[str
     default = SESSION | {"step_s_each": [1.0, 2.0, 2.0], "sum": 7.0}
     verdict = load.judged(default | worse, default)
     assert {aim for aim, met in verdict["met"].items() if not met} == missed
+
+
+@pytest.mark.parametrize(("missed", "code"), [(False, 0), (True, 1)])
+def test_a_missed_aim_is_the_exit_code(
+    missed: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met = {"ready": True, "private": True, "step": not missed}
+    monkeypatch.setenv("XDG_CACHE_HOME", "")  # put back after main has set it
+    monkeypatch.setattr(load, "benchmark", lambda *_: {"met": met})
+    assert load.main(["--work", str(tmp_path / "new")]) == code

@@ -13,9 +13,11 @@ from ltx_engines.bundle import (
     MANIFEST,
     Bundle,
     Defaults,
+    Hashing,
     Manifest,
     create,
     open_bundle,
+    reseal,
     seal,
     tensor_entries,
     tensors,
@@ -323,3 +325,144 @@ def test_large_files_are_remembered_in_the_users_cache_unless_said_otherwise(
     assert len(list((cache / "ltx-trt" / "verified").iterdir())) == 1
     open_bundle(folder, cache=cache / "mine")
     assert len(list((cache / "mine" / "verified").iterdir())) == 1
+
+
+WEIGHTS = "ltx.safetensors"
+
+
+def rooms(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[Path]:
+    """Files of this many bytes are large; returns the list of all that are read for a hash."""
+    read: list[Path] = []
+    real = hashes.sha256
+
+    def sha256(path: Path) -> str:
+        read.append(path)
+        return real(path)
+
+    monkeypatch.setattr(hashes, "STAMP_FROM", limit)
+    monkeypatch.setattr(hashes, "sha256", sha256)
+    return read
+
+
+def test_a_large_file_is_sealed_by_its_time_and_not_read(
+    folder: Path, cache: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = rooms(monkeypatch, limit=len(b"weights"))
+    entry = seal(folder, manifest).files[WEIGHTS]
+    time = (folder / WEIGHTS).stat().st_mtime_ns
+    assert (entry.bytes, entry.sha256, entry.modified_ns) == (7, None, time)
+    open_bundle(folder, cache=cache)
+    assert folder / WEIGHTS not in read
+    assert len(read) == 4, "the two small ones, by seal and by open_bundle"
+
+
+def test_a_hash_that_is_known_or_wished_is_in_the_manifest(
+    folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, content: dict[str, bytes]
+) -> None:
+    read = rooms(monkeypatch, limit=len(b"weights"))
+    known = seal(folder, manifest, hashing=Hashing({WEIGHTS: "a" * 64})).files[WEIGHTS]
+    assert (known.sha256, known.modified_ns) == ("a" * 64, None)
+    assert folder / WEIGHTS not in read
+    wished = seal(folder, manifest, hashing=Hashing(everything=True)).files[WEIGHTS]
+    assert wished.sha256 == hashlib.sha256(content[WEIGHTS]).hexdigest()
+
+
+def test_resealing_hashes_what_only_has_a_time(
+    folder: Path, cache: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rooms(monkeypatch, limit=len(b"weights"))
+    before = seal(folder, manifest)
+    assert reseal(folder) == (WEIGHTS,)
+    after = open_bundle(folder, cache=cache).manifest
+    assert after.files[WEIGHTS].sha256 == hashlib.sha256(b"weights").hexdigest()
+    assert after.files[WEIGHTS].modified_ns is None
+    assert after.model_copy(update={"files": before.files}) == before
+    text = (folder / MANIFEST).read_bytes()
+    assert reseal(folder) == ()
+    assert (folder / MANIFEST).read_bytes() == text
+    assert not list(folder.glob(".*"))
+
+
+def test_sealing_again_does_not_bless_a_changed_file(
+    folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rooms(monkeypatch, limit=len(b"weights"))
+    seal(folder, manifest)
+    (folder / WEIGHTS).write_bytes(b"WEIGHTS")
+    with pytest.raises(UserError, match="has other contents than when it was exported"):
+        reseal(folder)
+    (folder / WEIGHTS).write_bytes(b"weights")
+    (folder / "transformer.onnx").write_bytes(b"GRAPH")
+    with pytest.raises(UserError, match=r"transformer.onnx has sha256"):
+        reseal(folder, accept_changed=True)
+
+
+def test_a_resealed_bundle_opens_after_a_copy_that_lost_the_times(
+    folder: Path, cache: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rooms(monkeypatch, limit=len(b"weights"))
+    seal(folder, manifest)
+    os.utime(folder / WEIGHTS, (0, 0))
+    for look in (reseal, lambda path: open_bundle(path, cache=cache)):
+        with pytest.raises(UserError, match=f"seal --accept-changed {folder}"):
+            look(folder)
+    reseal(folder, accept_changed=True)
+    open_bundle(folder, cache=cache)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_reseal_that_fails_leaves_the_manifest_as_it_was(
+    folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    rooms(monkeypatch, limit=len(b"weights"))
+    seal(folder, manifest)
+    before = sorted(folder.rglob("*")), (folder / MANIFEST).read_bytes()
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises((KeyboardInterrupt, UserError)):
+        reseal(folder)
+    assert (sorted(folder.rglob("*")), (folder / MANIFEST).read_bytes()) == before
+
+
+def staying(folder: Path, manifest: Manifest) -> tuple[Path, Manifest]:
+    """A bundle whose weights are elsewhere, under an absolute key."""
+    hub = folder.parent / "hub" / "blob"
+    hub.parent.mkdir()
+    (folder / WEIGHTS).rename(hub)
+    stage = manifest.stages["transformer"].model_copy(update={"weights": (str(hub),)})
+    changes = {"checkpoint": str(hub), "stages": {"transformer": stage}}
+    return hub, seal(folder, manifest.model_copy(update=changes), elsewhere={str(hub)})
+
+
+def test_weights_elsewhere_have_an_absolute_key_and_are_found(
+    folder: Path, cache: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    hub, sealed = staying(folder, manifest)
+    assert sealed.files[str(hub)].sha256 == hashlib.sha256(b"weights").hexdigest()
+    folder.rename(tmp_path / "moved")
+    bundle = open_bundle(tmp_path / "moved", cache=cache)
+    assert bundle.file(str(hub)) == hub
+    assert bundle.file(bundle.manifest.checkpoint).read_bytes() == b"weights"
+
+
+def test_replacing_a_bundle_leaves_weights_that_are_elsewhere(
+    folder: Path, manifest: Manifest, fill: Fill
+) -> None:
+    hub, _ = staying(folder, manifest)
+    with create(folder, overwrite=True) as temporary:
+        fill(temporary)
+    assert hub.read_bytes() == b"weights"
+
+
+def test_sealing_refuses_a_file_elsewhere_that_is_not_there(
+    folder: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    absent = str(tmp_path / "none")
+    changed = manifest.model_copy(update={"checkpoint": absent})
+    before = (folder / MANIFEST).read_bytes()
+    with pytest.raises(UserError, match="none is missing"):
+        seal(folder, changed, elsewhere={absent})
+    assert (folder / MANIFEST).read_bytes() == before

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from ltx_engines.bundle import FORMAT_VERSION, MANIFEST, open_bundle
+from ltx_engines import hashes
+from ltx_engines.bundle import FORMAT_VERSION, MANIFEST, open_bundle, reseal
 from ltx_engines.errors import UserError
 
 Edit = Callable[[dict[str, Any]], object]
@@ -242,3 +243,102 @@ def test_a_folder_or_a_pipe_in_place_of_a_file_is_refused(folder: Path, cache: P
 def test_files_that_the_manifest_does_not_know_are_left_alone(folder: Path, cache: Path) -> None:
     (folder / "clip.mp4").write_bytes(b"mine")
     open_bundle(folder, cache=cache)
+
+
+def by_time(folder: Path) -> Path:
+    """The weights' entry has a time and a sample, and no hash."""
+    file = folder / "ltx.safetensors"
+    stat = file.stat()
+    times = {"modified_ns": stat.st_mtime_ns, "sample": hashes.sample(file)}
+    entry: dict[str, object] = {"bytes": stat.st_size, **times}
+    rewrite(folder, put("files", "ltx.safetensors", entry))
+    return file
+
+
+def test_a_file_that_was_changed_since_is_named_with_both_times(folder: Path, cache: Path) -> None:
+    file = by_time(folder)
+    open_bundle(folder, cache=cache)
+    os.utime(file, (86400 * 365, 86400 * 365))
+    said = refusal(folder, cache)
+    assert said.startswith(f"{file} was changed 1971-01-0")
+    assert "; export the bundle again (ltx-export onnx), or if it is only a copy: " in said
+    assert said.endswith(f"ltx-export seal --accept-changed {folder}")
+
+
+def test_an_edit_that_keeps_the_time_is_seen_in_the_sample(folder: Path, cache: Path) -> None:
+    file = by_time(folder)
+    time = file.stat().st_mtime_ns
+    file.write_bytes(b"WEIGHTS")
+    os.utime(file, ns=(time, time))
+    assert "has other contents than when it was exported" in refusal(folder, cache)
+
+
+def test_a_nanosecond_is_a_change(folder: Path, cache: Path) -> None:
+    file = by_time(folder)
+    time = file.stat().st_mtime_ns
+    os.utime(file, ns=(time, time + 1))
+    assert "was changed" in refusal(folder, cache)
+
+
+def test_another_size_is_told_before_another_time(folder: Path, cache: Path) -> None:
+    file = by_time(folder)
+    file.write_bytes(b"more weights")
+    assert "has 12 bytes, the manifest says 7" in refusal(folder, cache)
+
+
+def test_a_file_with_neither_hash_nor_time_is_not_trusted(folder: Path, cache: Path) -> None:
+    rewrite(folder, put("files", "ltx.safetensors", {"bytes": 7}))
+    assert "has other contents than when" in refusal(folder, cache)
+    sample = hashes.sample(folder / "ltx.safetensors")
+    rewrite(folder, put("files", "ltx.safetensors", {"bytes": 7, "sample": sample}))
+    assert "the manifest says never" in refusal(folder, cache)
+
+
+def elsewhere(folder: Path, key: str) -> None:
+    """The weights lie beside the bundle, and the manifest knows them by this key."""
+    (folder / "ltx.safetensors").rename(folder.parent / "hub")
+    entry = {"bytes": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}
+    rewrite(folder, put("files", key, entry))
+    rewrite(folder, drop("files", "ltx.safetensors"))
+    rewrite(folder, put("checkpoint", key))
+    rewrite(folder, put("stages", "transformer", "weights", [key]))
+
+
+def test_only_weights_may_be_elsewhere(folder: Path, cache: Path) -> None:
+    key = str(folder.parent / "hub")
+    elsewhere(folder, key)
+    open_bundle(folder, cache=cache)
+    for name in ("transformer.onnx", "text_encoder/tokenizer.json"):
+        away = folder.parent / Path(name).name
+        away.write_bytes((folder / name).read_bytes())
+        rewrite(folder, put("files", str(away), {"bytes": away.stat().st_size, "sha256": HASH}))
+        assert f"{str(away)!r} is not a path inside the bundle" in refusal(folder, cache)
+        rewrite(folder, drop("files", str(away)))
+
+
+@pytest.mark.parametrize("crooked", ["{}/../{}/hub", "{}//hub", "{}/./hub"])
+def test_a_crooked_path_of_weights_is_refused(folder: Path, cache: Path, crooked: str) -> None:
+    parent = folder.parent
+    key = crooked.format(parent, parent.name)
+    elsewhere(folder, key)
+    assert "is not a path inside the bundle" in refusal(folder, cache)
+
+
+def test_weights_elsewhere_that_are_gone_or_changed_are_named(folder: Path, cache: Path) -> None:
+    hub = folder.parent / "hub"
+    elsewhere(folder, str(hub))
+    hub.write_bytes(b"WEIGHTS")
+    assert refusal(folder, cache).startswith(f"{hub} has sha256 ")
+    hub.write_bytes(b"weight")
+    assert refusal(folder, cache).startswith(f"{hub} has 6 bytes, the manifest says 7")
+    hub.unlink()
+    assert refusal(folder, cache).startswith(f"{hub} is missing")
+
+
+def test_resealing_says_what_opening_says(folder: Path, cache: Path) -> None:
+    file = by_time(folder)
+    file.write_bytes(b"weigh")
+    with pytest.raises(UserError, match="has 5 bytes, the manifest says 7"):
+        reseal(folder)
+    with pytest.raises(UserError, match="is not a bundle"):
+        reseal(folder.parent)

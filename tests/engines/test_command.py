@@ -1,5 +1,8 @@
 """One line and an exit code, whatever went wrong."""
 
+import os
+import signal
+
 import pytest
 import typer
 
@@ -52,3 +55,20 @@ def test_a_bug_keeps_its_traceback() -> None:
 def test_success_is_zero(capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke(app(None), "tool", ["--count", "3"]) == 0
     assert capsys.readouterr() == ("3\n", "")
+
+
+def test_a_termination_cleans_up_as_ctrl_c_does(capsys: pytest.CaptureFixture[str]) -> None:
+    commands, cleaned = typer.Typer(pretty_exceptions_enable=False), list[str]()
+
+    @commands.command()
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            cleaned.append("up")
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert invoke(commands, "tool", []) == 130
+    assert cleaned == ["up"]
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "interrupted; nothing is half-written" in capsys.readouterr().err

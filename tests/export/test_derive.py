@@ -1,9 +1,11 @@
 """Files made from files: announced before they are there, complete or absent, and made once."""
 
+import errno
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from ltx_engines.bundle import Precision
 from ltx_engines.errors import UserError
-from ltx_export import convert, derive, lora, weight_cache
+from ltx_export import cli, convert, derive, lora, weight_cache
 from ltx_export.derive import Progress
 from ltx_export.lora import Adapter, Wish
-from ltx_export.weight_cache import Derivation
+from ltx_export.weight_cache import Cleared, Derivation, Entry
 from ltx_ref.checkpoint import Header, TensorInfo, read_header
 from tests.export import loras
+from tests.export.generators import finish
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "bfloat16")
 WEIGHT = "model.diffusion_model.transformer_blocks.0.attn1.to_q.weight"
@@ -67,7 +70,7 @@ def test_the_planned_header_is_that_of_the_written_file(
 ) -> None:
     chosen = adapter if with_lora else ()
     target = derive.planned(source, precision, chosen)
-    sha256 = derive.finish(derive.write(source, target, target.path, chosen))
+    sha256 = finish(derive.write(source, target, target.path, chosen))
     wanted = f"model.{'lora.' if with_lora else ''}{precision}.safetensors"
     assert target.path.name == wanted
     assert read_header(target.path) == target
@@ -80,7 +83,7 @@ def test_numbers_and_metadata_are_those_of_a_plain_cast(
     source: Header, precision: Precision
 ) -> None:
     target = derive.planned(source, precision)
-    derive.finish(derive.write(source, target, target.path))
+    finish(derive.write(source, target, target.path))
     before, after = load_file(source.path), load_file(target.path)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -103,13 +106,62 @@ def test_a_file_that_has_the_type_already_is_its_own_plan(tmp_path: Path) -> Non
     assert derive.planned(source) is source
 
 
+def test_only_what_is_kept_is_in_the_new_file(source: Header) -> None:
+    kept = {"b.weight", "steps", "empty", "of another file"}
+    target = derive.planned(source, "float32", keep=kept)
+    finish(derive.write(source, target, target.path))
+    before, after = load_file(source.path), load_file(target.path)
+    assert read_header(target.path) == target
+    assert after.keys() == kept & before.keys()
+    assert torch.equal(after["b.weight"], before["b.weight"].float())
+    assert torch.equal(after["steps"], before["steps"])
+    assert target.metadata == source.metadata
+
+
+def test_a_type_that_all_kept_tensors_have_already_leaves_nothing_to_do(source: Header) -> None:
+    assert derive.planned(source, "float32", keep={"a.weight", "steps"}) is source
+    assert derive.planned(source, keep={"a.weight"}) is source
+
+
+def test_keeping_everything_is_keeping_nothing_back(source: Header) -> None:
+    assert derive.planned(source, "float32", keep=source.tensors) == derive.planned(
+        source, "float32"
+    )
+
+
+def test_each_percent_is_said_once_and_the_result_comes_back() -> None:
+    def work() -> Generator[Progress, None, str]:
+        yield from (Progress(done, 400) for done in (0, 1, 3, 4, 200, 400))
+        return "hash"
+
+    def watched() -> Iterator[str]:
+        results.append((yield from derive.percents(work(), "writing a")))
+
+    results: list[str] = []
+    assert list(watched()) == [f"writing a: {percent} %" for percent in (0, 1, 50, 100)]
+    assert results == ["hash"]
+
+
+def test_whoever_stops_looking_at_the_percents_stops_the_work(
+    source: Header, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    work = derive.write(source, derive.planned(source, "float32"), out / "a")
+    with closing(derive.percents(work, "a")) as shown:
+        next(shown)
+        assert list(out.iterdir())
+    assert not list(out.iterdir())
+    assert next(work, None) is None
+
+
 def test_the_size_of_the_pieces_changes_nothing(
     source: Header, adapter: tuple[Adapter, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     target = derive.planned(source, "float32", adapter)
-    derive.finish(derive.write(source, target, tmp_path / "a", adapter))
+    finish(derive.write(source, target, tmp_path / "a", adapter))
     monkeypatch.setattr(derive, "PIECE", 5)
-    derive.finish(derive.write(source, target, tmp_path / "b", adapter))
+    finish(derive.write(source, target, tmp_path / "b", adapter))
     a, b = load_file(tmp_path / "a"), load_file(tmp_path / "b")
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-6, atol=1e-6)
@@ -127,7 +179,7 @@ def test_a_number_too_large_for_float16_is_named_and_leaves_nothing(tmp_path: Pa
     source = read_header(tmp_path / "a.safetensors")
     target = derive.planned(source, "float16")
     with pytest.raises(UserError, match=r"x\.weight reaches 1e\+06.*float32"):
-        derive.finish(derive.write(source, target, tmp_path / "b.safetensors"))
+        finish(derive.write(source, target, tmp_path / "b.safetensors"))
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
@@ -146,7 +198,7 @@ def test_an_interrupt_while_writing_leaves_nothing(
     monkeypatch.setattr(convert, "cast", interrupt)
     target = derive.planned(source, "float32")
     with pytest.raises(KeyboardInterrupt):
-        derive.finish(derive.write(source, target, out / "a.safetensors"))
+        finish(derive.write(source, target, out / "a.safetensors"))
     assert not list(out.iterdir())
 
 
@@ -164,7 +216,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(UserError, match=rf"needs [\d,]+ bytes, {tmp_path} has 10 left"):
-        derive.finish(derive.write(source, derive.planned(source, "float32"), tmp_path / "a"))
+        finish(derive.write(source, derive.planned(source, "float32"), tmp_path / "a"))
     assert not (tmp_path / "a").exists()
 
 
@@ -174,12 +226,13 @@ def test_a_source_that_was_replaced_meanwhile_is_not_read_with_the_old_header(
     target = derive.planned(source, "float32")
     save_file({"x.weight": torch.ones(2)}, source.path)
     with pytest.raises(UserError, match="has changed since"):
-        derive.finish(derive.write(source, target, tmp_path / "a"))
+        finish(derive.write(source, target, tmp_path / "a"))
 
 
-def test_provenance_that_is_no_list_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["3", "{", "[" * 100_000])
+def test_provenance_that_is_no_list_is_refused(tmp_path: Path, text: str) -> None:
     tensors = {WEIGHT: torch.ones(6, 4)}
-    save_file(tensors, tmp_path / "a.safetensors", {"ltx_trt.lora": "3"})
+    save_file(tensors, tmp_path / "a.safetensors", {"ltx_trt.lora": text})
     source = read_header(tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=r"ltx_trt\.lora is not a JSON list"):
         derive.planned(source, None, adapters(source, tmp_path / "style", seed=1))
@@ -221,7 +274,7 @@ def test_what_is_kept_can_be_listed_and_freed_while_bundles_keep_it(
     assert entry.bytes == derive.size(wanted.target)
     assert entry.inputs == (str(wanted.source.path), str(wanted.adapters[0].path))
     assert entry.linked
-    assert weight_cache.clear(wanted.cache) == entry.bytes
+    assert weight_cache.clear(wanted.cache) == Cleared(0, entry.bytes)
     assert not list(weight_cache.home(wanted.cache).iterdir())
     assert weight_cache.entries(wanted.cache) == ()
     assert read_header(tmp_path / "a.safetensors").tensors == wanted.target.tensors
@@ -229,11 +282,39 @@ def test_what_is_kept_can_be_listed_and_freed_while_bundles_keep_it(
 
 def test_a_cache_that_was_never_used_is_empty(tmp_path: Path) -> None:
     assert weight_cache.entries(tmp_path / "none") == ()
-    assert weight_cache.clear(tmp_path / "none") == 0
+    assert weight_cache.clear(tmp_path / "none") == Cleared(0, 0)
+
+
+def test_the_cache_said_freed_of_what_bundles_still_hold(
+    wanted: Derivation,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(weight_cache, "user_cache_dir", lambda _: tmp_path / "cache")
+    place(wanted, tmp_path / "a.safetensors")
+    (weight_cache.home(wanted.cache) / ".a.partial").write_bytes(b"12345")
+    assert cli.main(["cache"]) == 0
+    unfinished, kept = capsys.readouterr().out.splitlines()
+    assert unfinished.endswith("5 bytes, incomplete")
+    assert kept.endswith(f"{wanted.target.path.name}, linked by a bundle")
+    assert cli.main(["cache", "--clear"]) == 0
+    said, bytes_held = capsys.readouterr().out, f"{derive.size(wanted.target):,}"
+    assert (
+        said == f"5 bytes freed; {bytes_held} more when the bundles that link to them are deleted\n"
+    )
+    assert cli.main(["cache", "--clear"]) == 0
+    assert capsys.readouterr().out == "0 bytes freed\n"
+
+
+def test_what_no_bundle_links_to_is_freed(wanted: Derivation, tmp_path: Path) -> None:
+    place(wanted, tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").unlink()
+    assert weight_cache.clear(wanted.cache) == Cleared(derive.size(wanted.target), 0)
 
 
 def test_what_a_killed_process_left_is_listed_and_freed(wanted: Derivation) -> None:
-    derive.finish(weight_cache.cached(wanted))
+    finish(weight_cache.cached(wanted))
     left = weight_cache.home(wanted.cache) / ".abc.safetensors.0123abcd.partial"
     left.write_bytes(b"12345")
     unfinished = weight_cache.entries(wanted.cache)[0]
@@ -242,12 +323,15 @@ def test_what_a_killed_process_left_is_listed_and_freed(wanted: Derivation) -> N
     assert not left.exists()
 
 
-@pytest.mark.parametrize("change", ["strength", "precision", "LoRA", "checkpoint", "its time"])
+@pytest.mark.parametrize(
+    "change", ["strength", "precision", "LoRA", "checkpoint", "its time", "keep"]
+)
 def test_each_thing_that_changes_the_numbers_makes_another_file(
     wanted: Derivation, source: Header, adapter: tuple[Adapter, ...], tmp_path: Path, change: str
 ) -> None:
-    derive.finish(weight_cache.cached(wanted))
+    finish(weight_cache.cached(wanted))
     path, precision, chosen = adapter[0].path, "float32", adapter
+    kept = None
     if change == "strength":
         chosen = lora.read([Wish(path, 0.25)], source)
     elif change == "precision":
@@ -256,10 +340,12 @@ def test_each_thing_that_changes_the_numbers_makes_another_file(
         chosen = adapters(source, path, seed=2)
     elif change == "its time":
         os.utime(source.path, ns=(1, 1))
+    elif change == "keep":
+        kept = {WEIGHT}
     else:
         tensors = load_file(source.path)
         save_file(tensors | {WEIGHT: -tensors[WEIGHT]}, source.path, dict(source.metadata))
-    target = derive.planned(source, precision, chosen)  # type: ignore[arg-type]
+    target = derive.planned(source, precision, chosen, kept)  # type: ignore[arg-type]
     other = Derivation(source, target, chosen, wanted.cache)
     assert list(weight_cache.cached(other))
     assert len(weight_cache.entries(wanted.cache)) == 2
@@ -269,7 +355,7 @@ def test_each_thing_that_changes_the_numbers_makes_another_file(
 def test_a_damaged_entry_is_made_again_and_said_so(
     wanted: Derivation, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
-    entry = derive.finish(weight_cache.cached(wanted))
+    entry = finish(weight_cache.cached(wanted))
     good, stat = entry.file.read_bytes(), entry.file.stat()
     note = entry.file.with_suffix(".json")
     if damage == "shorter":
@@ -310,7 +396,7 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_not_kept(wanted: Derivati
     next(work)
     os.utime(wanted.source.path, ns=(1, 1))
     with pytest.raises(UserError, match="changed while it was read"):
-        derive.finish(work)
+        finish(work)
     assert weight_cache.entries(wanted.cache) == ()
 
 
@@ -348,6 +434,81 @@ def test_a_refused_link_becomes_a_copy(
         sha256, _ = place(wanted, tmp_path / "a.safetensors")
     assert "a hard link is refused" in caplog.text
     assert hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest() == sha256
+
+
+def failing(number: int) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("linkable", [True, False])
+def test_a_second_file_of_one_name_was_written_through_the_link_into_the_cache(
+    wanted: Derivation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linkable: bool
+) -> None:
+    place(wanted, tmp_path / "a.safetensors")
+    before = (tmp_path / "a.safetensors").read_bytes()
+    target = derive.planned(wanted.source, "bfloat16")
+    other = Derivation(wanted.source, target, (), wanted.cache)
+    monkeypatch.setattr(weight_cache, "_linkable", lambda *_: linkable)
+    with pytest.raises(ValueError, match=r"a\.safetensors is there already"):
+        place(other, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == before
+    assert hashlib.sha256(before).hexdigest() in {e.sha256 for e in entries(wanted)}
+
+
+def entries(wanted: Derivation) -> tuple[Entry, ...]:
+    return weight_cache.entries(wanted.cache)
+
+
+@pytest.mark.parametrize("refusal", [None, errno.EPERM])
+def test_a_file_that_appears_while_another_is_made_is_not_replaced(
+    wanted: Derivation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int | None
+) -> None:
+    if refusal:
+        monkeypatch.setattr("os.link", failing(refusal))
+    path = tmp_path / "a.safetensors"
+    work = weight_cache.place(wanted, path)
+    next(work)
+    path.write_bytes(b"somebody's")
+    with pytest.raises(ValueError, match="is there already"):
+        finish(work)
+    assert path.read_bytes() == b"somebody's"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES])
+def test_only_what_tells_that_no_link_is_possible_leads_to_a_copy(
+    wanted: Derivation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr("os.link", failing(number))
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        place(wanted, tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_a_disk_that_is_full_while_copying_is_said(
+    wanted: Derivation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.link", failing(errno.EXDEV))
+    monkeypatch.setattr("shutil.copyfileobj", failing(errno.ENOSPC))
+    with pytest.raises(UserError, match=r"cannot write .*a\.safetensors: No space left"):
+        place(wanted, tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_an_interrupted_copy_leaves_nothing(
+    wanted: Derivation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        assert (tmp_path / "a.safetensors").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.link", failing(errno.EXDEV))
+    monkeypatch.setattr("shutil.copyfileobj", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        place(wanted, tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
 
 
 def test_the_cache_is_the_users_unless_one_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ltx_trt
 from ltx_export import graph_costs
-from ltx_export.concrete_shapes import infer
+from ltx_export.concrete_shapes import Array, name_of, walk
 from ltx_export.graph_costs import Costs, cost
 from ltx_ref.checkpoint import read_header
 from ltx_ref.ltx_video.config import read_config
@@ -31,6 +31,10 @@ SIZES = (
     | {"frames": 9, "height": 96, "width": 64},
 )
 NUMBERS = {ir.DataType.FLOAT: np.float32, ir.DataType.INT64: np.int64}
+
+
+def infer(model: ir.Model, axes: dict[str, int]) -> dict[str, Array]:
+    return {name_of(value): array for value, array in walk(model, axes).arrays.items()}
 
 
 def run_everything(stage: str, axes: dict[str, int], folder: Path) -> dict[str, np.ndarray]:
@@ -140,7 +144,9 @@ def test_a_product_with_its_bias_and_activation_is_one_kernel() -> None:
     assert found.flops == 2 * (2 * 5 * 8 * 32)
     assert found.activations == 5 * 32 * 4  # c: a and b are inside a kernel, x and y the caller's
     assert found.io == 2 * 5 * 8 * 4
-    assert found.weight_bytes == {ir.DataType.FLOAT: (8 * 32 + 32 + 32 * 8) * 4}
+    assert {name: array.bytes for name, array in found.weights.items()} == {
+        **{"w1": 8 * 32 * 4, "b1": 32 * 4, "w2": 32 * 8 * 4}
+    }
     assert [k.traffic for k in found.kernels] == [(40 + 160) * 4, (160 + 40 + 40) * 4]
 
 
@@ -247,6 +253,18 @@ def test_a_convolution_counts_its_larger_end() -> None:
     assert found.flops == 2 * (8 * 3 * 10 * 10) * (4 * 27)
     huge = counted(text, {"t": 300, "h": 1000}, w=(8, 4, 3, 3, 3), b=(8,))
     assert huge.convolutions[0].elements > graph_costs.INT32_MAX
+
+
+def test_group_normalization_for_which_onnx_infers_nothing_leaves_shape_and_type() -> None:
+    text = """
+    norm (float16[n, 4, h] x) => (float16[n, 4, h] y) {
+        y = GroupNormalization<num_groups = 2>(x, scale, bias)
+    }
+    """
+    model = weightless(graph(text), scale=(4,), bias=(4,))
+    assert infer(model, {"n": 3, "h": 5})["y"] == Array(ir.DataType.FLOAT16, (3, 4, 5))
+    [kernel] = cost(model, {"n": 3, "h": 5}).kernels
+    assert (kernel.flops, kernel.traffic) == (0, 2 * 3 * 4 * 5 * 2)
 
 
 def test_what_depends_on_weights_alone_is_no_activation() -> None:

@@ -98,22 +98,55 @@ def test_int8_weights_are_recognised(tmp_path: Path) -> None:
     assert "is I8" in text
 
 
-def test_a_folder_of_a_text_encoder_is_one_model(tmp_path: Path) -> None:
-    whole = report(TINY / "text_encoder")
-    assert "family: t5, 2 layers" in whole
+def sharded_text_encoder(folder: Path) -> Path:
+    """The shipped encoder in two files; the path of their index."""
     table = read_header(TINY / "text_encoder" / "model.safetensors").tensors
     places: dict[str, str] = {}
     for index, names in enumerate((sorted(table)[::2], sorted(table)[1::2])):
         shard = f"model-{index + 1:05}-of-00002.safetensors"
-        sparse(tmp_path / shard, {name: (table[name].dtype, table[name].shape) for name in names})
+        sparse(folder / shard, {name: (table[name].dtype, table[name].shape) for name in names})
         places |= dict.fromkeys(names, shard)
-    index_file = tmp_path / "model.safetensors.index.json"
-    index_file.write_text(json.dumps({"weight_map": places}), encoding="utf-8")
-    (tmp_path / "config.json").write_bytes((TINY / "text_encoder" / "config.json").read_bytes())
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": places}), encoding="utf-8")
+    (folder / "config.json").write_bytes((TINY / "text_encoder" / "config.json").read_bytes())
+    return path
+
+
+def test_a_folder_of_a_text_encoder_is_one_model(tmp_path: Path) -> None:
+    whole = report(TINY / "text_encoder")
+    assert "family: t5, 2 layers" in whole
+    sharded_text_encoder(tmp_path)
     sharded = report(tmp_path)
-    assert f"in 2 files, {len(table):,} tensors" in sharded
+    count = len(read_header(TINY / "text_encoder" / "model.safetensors").tensors)
+    assert f"in 2 files, {count:,} tensors" in sharded
     parameters = [line for line in whole.splitlines() if "text_encoder: parameters" in line]
     assert parameters[0] in sharded
+
+
+def test_a_text_encoder_is_known_by_its_index_and_by_each_of_its_files(tmp_path: Path) -> None:
+    index = sharded_text_encoder(tmp_path)
+    assert report(index).splitlines()[1:] == report(tmp_path).splitlines()[1:]
+    for file in (*tmp_path.glob("*.safetensors"), TINY / "text_encoder" / "model.safetensors"):
+        text = report(file)
+        assert "family: t5, 2 layers" in text
+        assert "tensors of no stage" not in text
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        report(index)
+
+
+def test_an_upscaler_is_known_by_its_index(tmp_path: Path) -> None:
+    config = {"_class_name": "LatentUpsampler", "in_channels": 8, "mid_channels": 32, "dims": 3}
+    config |= {"spatial_upsample": True, "temporal_upsample": False}
+    metadata = {"config": json.dumps(config)}
+    sparse(
+        tmp_path / "a.safetensors", {"initial_conv.weight": ("BF16", (32, 8, 3, 3, 3))}, metadata
+    )
+    sparse(tmp_path / "b.safetensors", {"initial_conv.bias": ("BF16", (32,))}, metadata)
+    places = {"initial_conv.weight": "a.safetensors", "initial_conv.bias": "b.safetensors"}
+    index = tmp_path / "up.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}), encoding="utf-8")
+    assert "latent upsampler that doubles rows and columns" in report(index)
 
 
 def test_an_index_stands_for_its_shards(tmp_path: Path) -> None:

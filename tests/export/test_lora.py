@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ltx_engines.errors import UserError
-from ltx_export import derive, lora, lora_file
+from ltx_export import cli, derive, lora, lora_file
 from ltx_export.lora import Wish
 from ltx_ref.checkpoint import CheckpointError, Header, read_header
 from ltx_ref.ltx_video import model
@@ -28,6 +29,7 @@ from tests.export.checkpoints import (
     config,
     write_checkpoint,
 )
+from tests.export.generators import finish
 from tests.export.loras import ATTENTION, Factors
 
 WEIGHT = f"{PREFIX}{ATTENTION}.weight"
@@ -47,7 +49,7 @@ def factors(checkpoint: Header) -> Factors:
 def fuse(source: Header, folder: Path, *wishes: Wish) -> dict[str, Tensor]:
     adapters = lora.read(wishes, source)
     target = derive.planned(source, None, adapters)
-    derive.finish(derive.write(source, target, folder / "fused.safetensors", adapters))
+    finish(derive.write(source, target, folder / "fused.safetensors", adapters))
     return load_file(folder / "fused.safetensors")
 
 
@@ -185,8 +187,29 @@ def test_strengths_of_one_file_add_up_exactly(
     again.symlink_to(path)
     once = fuse(checkpoint, tmp_path, Wish(path, 0.3 + 0.4))
     assert equal(fuse(checkpoint, tmp_path, Wish(path, 0.3), Wish(again, 0.4)), once)
-    neither = fuse(checkpoint, tmp_path, Wish(path, 0.3), Wish(path, -0.3))
-    assert equal(neither, load_file(checkpoint.path))
+    (adapter,) = lora.read(lora.parse([f"{path}:0.1", f"{again}:0.2"]), checkpoint)
+    assert adapter.strength == 0.3
+
+
+@pytest.mark.parametrize("strengths", [(0.0,), (-0.0,), (0.3, -0.3), (0.1, 0.2, -0.3)])
+def test_a_full_copy_was_written_for_a_lora_whose_strengths_cancel(
+    checkpoint: Header, factors: Factors, tmp_path: Path, strengths: tuple[float, ...]
+) -> None:
+    path = loras.write(tmp_path / "a.safetensors", loras.tensors(factors))
+    with pytest.raises(UserError, match=r"a\.safetensors changes nothing: its strength is 0"):
+        fuse(checkpoint, tmp_path, *(Wish(path, strength) for strength in strengths))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_copy_was_written_for_a_lora_whose_alpha_is_0(
+    checkpoint: Header, factors: Factors, tmp_path: Path
+) -> None:
+    named = loras.tensors(factors, alpha=0.0)
+    path = loras.write(tmp_path / "a.safetensors", named)
+    assert "changes nothing: strength times alpha is 0" in refused(checkpoint, path)
+    named[f"diffusion_model.{ATTENTION}.alpha"] = torch.tensor(1.0)
+    (adapter,) = lora.read([Wish(loras.write(path, named))], checkpoint)
+    assert adapter.patches[WEIGHT][0].scale == 1 / 3
 
 
 def test_the_order_of_two_loras_does_not_matter_and_both_count(
@@ -225,7 +248,7 @@ def test_with_a_precision_the_sum_is_rounded_once_and_not_twice(
     )
     adapters = lora.read([Wish(loras.write(tmp_path / "a", loras.tensors(factors)))], source)
     target = derive.planned(source, "float32", adapters)
-    derive.finish(derive.write(source, target, tmp_path / "wide.safetensors", adapters))
+    finish(derive.write(source, target, tmp_path / "wide.safetensors", adapters))
     down, up = factors[ATTENTION]
     wanted = load_file(source.path)[WEIGHT].float() + up @ down
     found = load_file(tmp_path / "wide.safetensors")[WEIGHT]
@@ -512,7 +535,9 @@ def test_dora_in_the_metadata_is_refused(
     assert "use_dora" in refused(checkpoint, path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"lora_alpha": "x"}', '{"alpha_pattern": {"(": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "[" * 100_000, '{"lora_alpha": "x"}', '{"alpha_pattern": {"(": 1}}']
+)
 def test_metadata_that_make_no_sense_are_refused(
     checkpoint: Header, factors: Factors, tmp_path: Path, text: str
 ) -> None:
@@ -550,7 +575,7 @@ def test_a_lora_is_fused_before_quantization_and_not_after(
     with pytest.raises(UserError, match=r"to_q\.weight is F8_E4M3.*--precision bfloat16"):
         derive.planned(source, None, adapters)
     target = derive.planned(source, "bfloat16", adapters)
-    derive.finish(derive.write(source, target, tmp_path / "out", adapters))
+    finish(derive.write(source, target, tmp_path / "out", adapters))
     down, up = factors[ATTENTION]
     wanted = (tensors[WEIGHT].float() + up @ down).bfloat16()
     torch.testing.assert_close(load_file(tmp_path / "out")[WEIGHT], wanted)
@@ -563,7 +588,7 @@ def test_scaled_weights_take_no_lora(factors: Factors, tmp_path: Path) -> None:
     adapters = lora.read([Wish(loras.write(tmp_path / "a", loras.tensors(factors)))], source)
     with pytest.raises(UserError, match=r"takes no LoRA: quantized .*to_q\.weight_scale"):
         derive.planned(source, None, adapters)
-    *_, verdict = lora.lines(tmp_path / "a", source)
+    *_, verdict = lora.lines(Wish(tmp_path / "a"), source)
     assert "takes no LoRA: quantized" in verdict
 
 
@@ -592,7 +617,8 @@ def test_a_report_tells_what_the_file_is(
 ) -> None:
     named = loras.tensors(factors, "kohya", alpha=1.5)
     path = loras.write(tmp_path / "a.safetensors", named, {"ss_network_alpha": "1.5"})
-    text = "\n".join(lora.lines(path, checkpoint))
+    text = "\n".join(lora.lines(Wish(path, 0.3), checkpoint))
+    assert "strength: 0.3\n" in text
     assert "21 tensors (F32)" in text
     assert "names: kohya" in text
     assert "made for: LTX-Video (width 40, 2 blocks)" in text
@@ -607,10 +633,77 @@ def test_a_report_tells_what_the_file_is(
 def test_a_report_says_why_a_lora_does_not_fit(checkpoint: Header, tmp_path: Path) -> None:
     named = loras.tensors({ATTENTION: (torch.ones(3, 41), torch.ones(41, 3))})
     path = loras.write(tmp_path / "a.safetensors", named)
-    *_, verdict = lora.lines(path, checkpoint)
-    assert verdict.strip().startswith("does not fit: ")
+    *_, verdict = lora.lines(Wish(path), checkpoint)
+    assert verdict.strip().startswith("cannot be fused: ")
     assert "width 41" in verdict
-    assert not any("fit" in line for line in lora.lines(path))
+    assert not any("fuse" in line or "fits" in line for line in lora.lines(Wish(path)))
+
+
+def test_a_list_with_a_misfit_exited_with_0(
+    checkpoint: Header,
+    factors: Factors,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wide = loras.tensors({ATTENTION: (torch.ones(3, 41), torch.ones(41, 3))})
+    bad = loras.write(tmp_path / "bad.safetensors", wide)
+    good = loras.write(tmp_path / "good.safetensors", loras.tensors(factors))
+    command = ["lora", "--list", "--checkpoint", str(checkpoint.path)]
+    assert cli.main([*command, str(bad), f"{good}:0.3"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].startswith(f"  fits {checkpoint.path}")
+    assert "strength: 0.3" in printed.out
+    said = f"ltx-export: {bad} cannot be fused into {checkpoint.path}; see the report"
+    assert printed.err.startswith(said)
+    assert printed.err.count("\n") == 1
+    assert cli.main([*command, f"{good}:0"]) == 2
+    assert "cannot be fused: " in capsys.readouterr().out
+    assert cli.main([*command, str(good)]) == 0
+
+
+STAGE = {f"{PREFIX}{module}.weight" for module in loras.MODULES[:2]}
+"""As if a stage had only these weights."""
+
+
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+def test_of_a_lora_only_what_the_kept_weights_get_is_fused(
+    checkpoint: Header,
+    factors: Factors,
+    tmp_path: Path,
+    precision: Literal["bfloat16"] | None,
+) -> None:
+    path = loras.write(tmp_path / "a.safetensors", loras.tensors(factors))
+    adapters = lora.read([Wish(path, 0.5)], checkpoint)
+    whole = derive.planned(checkpoint, precision, adapters)
+    part = derive.planned(checkpoint, precision, adapters, STAGE)
+    for target, file in ((whole, "whole"), (part, "part")):
+        finish(derive.write(checkpoint, target, tmp_path / file, adapters))
+    found, wanted = load_file(tmp_path / "part"), load_file(tmp_path / "whole")
+    assert equal(found, {name: wanted[name] for name in STAGE})
+    assert read_header(tmp_path / "part").metadata == whole.metadata
+
+
+def test_a_lora_for_other_stages_is_refused(
+    checkpoint: Header, factors: Factors, tmp_path: Path
+) -> None:
+    path = loras.write(tmp_path / "a.safetensors", loras.tensors(factors))
+    adapters = lora.read([Wish(path)], checkpoint)
+    vae = {name for name in checkpoint.tensors if name.startswith("vae.")}
+    with pytest.raises(UserError, match=r"a\.safetensors: the stages .* read none of the 7 "):
+        derive.planned(checkpoint, None, adapters, vae)
+
+
+def test_weights_that_are_not_kept_may_be_quantized(factors: Factors, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "fp8.safetensors", config("0.9.5"), dtype=torch.bfloat16)
+    tensors = load_file(path)
+    tensors[WEIGHT] = tensors[WEIGHT].to(torch.float8_e4m3fn)
+    save_file(tensors, path)
+    source = read_header(path)
+    adapters = lora.read([Wish(loras.write(tmp_path / "a", loras.tensors(factors)))], source)
+    kept = derive.planned(source, None, adapters, STAGE - {WEIGHT})
+    assert kept.tensors.keys() == STAGE - {WEIGHT}
+    with pytest.raises(UserError, match=r"to_q\.weight is F8_E4M3"):
+        derive.planned(source, None, adapters, STAGE)
 
 
 PEAK = r"""
@@ -621,7 +714,8 @@ from ltx_ref.checkpoint import read_header
 source = read_header(Path(sys.argv[1]))
 adapters = lora.read(lora.parse([sys.argv[2]]), source)
 target = derive.planned(source, None, adapters)
-derive.finish(derive.write(source, target, Path(sys.argv[3]), adapters))
+for _ in derive.write(source, target, Path(sys.argv[3]), adapters):
+    pass
 assert not {"torch", "safetensors"} & set(sys.modules)
 print(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
 """

@@ -82,6 +82,12 @@ def test_a_norm_of_half_precision_is_computed_in_float32_and_rounded_before_the_
     assert np.abs(fused - wanted).max() <= np.abs(wanted).max() * 2**-10
 
 
+def test_a_norm_of_float32_has_no_casts() -> None:
+    graph = parsed(RMS_NORM)
+    lower.lower(graph)
+    assert "Cast" not in {node.op_type for node in graph.graph}
+
+
 def test_what_is_written_out_is_named_after_the_node_and_its_output_keeps_its_name() -> None:
     graph = parsed(PLAIN)
     lower.lower(graph)

@@ -1,18 +1,34 @@
 """Every graph against the PyTorch module it came from, at shapes it was not traced at."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from ltx_engines.stages import OPTIONAL, STAGES
 from ltx_ref.ltx_video import model as ltx_video
+from ltx_ref.ltx_video import upsampler
 from ltx_ref.ltx_video.transformer import StgMode
 from ltx_ref.text import load_text_encoder
-from tests.export.checkpoints import CAPTION_CHANNELS, LATENT_CHANNELS, LAYERS, WORDS
+from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
+from tests.export.checkpoints import (
+    CAPTION_CHANNELS,
+    LATENT_CHANNELS,
+    LAYERS,
+    WORDS,
+    checkpoint_tensors,
+    config,
+)
 from tests.export.conftest import Exported, Files, export
+from tests.export.upsamplers import write_upsampler
 from tests.ref.oracles import difference, normals
 
 TOLERANCE = 3e-5
@@ -153,3 +169,96 @@ def test_the_vae_decoder_gives_the_same_pixels(
     feeds = [latents, *([] if timestep is None else [timestep]), *noises]
     assert difference(run(exported, "vae_decoder", feeds), reference) < TOLERANCE
     assert len(noises) == (2 if generation == "exported_091" else 0)
+
+
+@pytest.fixture(scope="module")
+def with_upsampler(files: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Exported]:
+    folder = tmp_path_factory.mktemp("upsampler")
+    path = write_upsampler(folder / "upsampler.safetensors", LATENT_CHANNELS)
+    options = ("--upsampler", str(path))
+    return path, export(files.checkpoint, files.text_encoder, folder / "bundle", "all", *options)
+
+
+def test_an_upsampler_is_a_fifth_stage_with_weights_of_two_files(
+    with_upsampler: tuple[Path, Exported],
+) -> None:
+    path, made = with_upsampler
+    manifest = made.bundle.manifest
+    assert set(manifest.stages) == {*STAGES, *OPTIONAL}
+    assert set(manifest.stages["latent_upsampler"].weights) == {path.name, made.checkpoint.name}
+    assert (made.bundle.path / path.name).samefile(path)
+    with OnnxRuntimeSession.open(made.bundle, "latent_upsampler"):
+        pass
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_upsampler_gives_the_same_latents(
+    with_upsampler: tuple[Path, Exported], grid: tuple[int, int, int, int]
+) -> None:
+    path, made = with_upsampler
+    batch, frames, rows, columns = grid
+    latents = normals(batch, LATENT_CHANNELS, frames, rows, columns, seed=12)
+    statistics = ltx_video.load(made.checkpoint).vae.per_channel_statistics
+    reference = upsampler.join(upsampler.load(path), statistics)(latents)
+    assert reference.shape[2:] == (frames, 2 * rows, 2 * columns)
+    assert difference(run(made, "latent_upsampler", [latents]), reference) < TOLERANCE
+
+
+BASES = {"F32": torch.float32, "F16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Eight:
+    """A checkpoint with the blocks' matrices in 8 bits, and one with the same numbers widened."""
+
+    checkpoint: Path
+    wide: Path
+    matrices: frozenset[str]
+
+
+def eight_bits(folder: Path, base: torch.dtype) -> Eight:
+    state = checkpoint_tensors(config("0.9.5"), base)
+    blocks = "model.diffusion_model.transformer_blocks."
+    matrices = frozenset(n for n, t in state.items() if n.startswith(blocks) and t.ndim == 2)
+    matrices = frozenset(n for n in matrices if n.endswith(".weight"))
+    small = {n: t.to(torch.float8_e4m3fn) if n in matrices else t for n, t in state.items()}
+    wide = {n: t.to(torch.float32) if t.is_floating_point() else t for n, t in small.items()}
+    metadata = {"config": json.dumps(config("0.9.5"))}
+    paths = folder / "eight.safetensors", folder / "wide.safetensors"
+    for path, tensors in zip(paths, (small, wide), strict=True):
+        save_file(tensors, path, metadata)
+    return Eight(*paths, matrices)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_plain_8_bit_weights_are_widened_by_the_graph(
+    files: Files, tmp_path: Path, base: str
+) -> None:
+    """Without --precision: bytes and names stay, the numbers are those of the widened weights."""
+    eight = eight_bits(tmp_path, BASES[base])
+    made = export(eight.checkpoint, files.text_encoder, tmp_path / "bundle", "transformer")
+    graph = onnx.load(made.bundle.path / "transformer.onnx", load_external_data=False).graph
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    stored = {name for name, kind in kinds.items() if kind == onnx.TensorProto.FLOAT8E4M3FN}
+    assert stored == eight.matrices
+    assert len(stored) == 10 * LAYERS
+    assert sum(n.op_type == "DequantizeLinear" for n in graph.node) == len(stored)
+    feeds = transformer_feeds(2, 11, 6, 1)
+    entry = made.bundle.stage("transformer")
+    typed = [f.to(getattr(torch, t.dtype)) for t, f in zip(entry.inputs, feeds, strict=True)]
+    found = run(made, "transformer", typed).float()
+    reference = ltx_video.load(eight.wide).transformer(*feeds)
+    assert difference(found, reference) < (TOLERANCE if base == "F32" else 1e-2)
+    rounded = ltx_video.load(files.checkpoint).transformer(*feeds)
+    assert difference(rounded, reference) > 2e-2, "8 bits change nothing here"
+
+
+def test_the_session_widens_8_bit_weights_too(files: Files, tmp_path: Path) -> None:
+    eight = eight_bits(tmp_path, torch.float16)
+    made = export(eight.checkpoint, files.text_encoder, tmp_path / "bundle", "transformer")
+    feeds = transformer_feeds(1, 7, 3, 1)
+    entry = made.bundle.stage("transformer")
+    with OnnxRuntimeSession.open(made.bundle, "transformer", threads=1) as session:
+        named = {t.name: f.numpy() for t, f in zip(entry.inputs, feeds, strict=True)}
+        found = torch.from_numpy(session(named)["velocity"])
+    assert difference(found, ltx_video.load(eight.wide).transformer(*feeds)) < 1e-2

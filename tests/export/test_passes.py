@@ -253,6 +253,13 @@ def test_attention_over_other_layouts_stays(old: str, new: str) -> None:
     assert passes.join_heads(attention(HEADS.replace(old, new))) == 0
 
 
+def test_attention_whose_values_have_other_heads_stays() -> None:
+    graph = attention()
+    (value,) = [v for n in graph.graph for v in n.outputs if v.name == "vt"]
+    value.shape = ir.Shape(["B", 2, "S", 12])
+    assert passes.join_heads(graph) == 0
+
+
 def reshaped(before: list[int | str], after: list[int | str]) -> ir.Model:
     graph = parsed("g (float[N] x, int64[M] s) => (float[K] y) { z = Reshape(x, s)  y = Relu(z) }")
     graph.graph.inputs[0].shape = ir.Shape(before)

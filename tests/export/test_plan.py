@@ -22,8 +22,8 @@ from ltx_engines import targets
 from ltx_engines.errors import UserError
 from ltx_export import fitting, plan_report
 from ltx_export.plan import Plan, make
-from ltx_export.plan_order import (
-    Order,
+from ltx_export.plan_question import (
+    Question,
     float_type,
     largest,
     number,
@@ -159,11 +159,13 @@ def tiny() -> dict[str, Part]:
     }
 
 
-TINY_ORDER = Order(("256x256x17",), rest_precision="fp32", steps=4, branches=1, text=16)
+TINY_QUESTION = Question(
+    ("256x256x17",), rest_precision="fp32", steps=4, branches=1, text_tokens=16
+)
 
 
 def test_13b_in_fp8_fits_a_4090_and_not_a_4060(transformer_13b: Mapping[str, Part]) -> None:
-    found = make(Order(precision="fp8", gpus=("rtx 4090", "rtx 4060")), transformer_13b)
+    found = make(Question(precision="fp8", gpus=("rtx 4090", "rtx 4060")), transformer_13b)
     [stage] = found.stages
     assert stage.parameters == PARAMETERS["13b"]
     large, small = found.verdicts
@@ -179,9 +181,9 @@ def test_13b_in_fp8_fits_a_4090_and_not_a_4060(transformer_13b: Mapping[str, Par
 def test_the_exit_code_is_0_when_all_that_was_asked_for_fits(
     transformer_13b: Mapping[str, Part],
 ) -> None:
-    order = Order(precision="fp8", gpus=("rtx 4090", "rtx 5090"))
-    assert make(order, transformer_13b).exit_code == 0
-    nobody_asked = make(replace(order, gpus=()), transformer_13b)
+    question = Question(precision="fp8", gpus=("rtx 4090", "rtx 5090"))
+    assert make(question, transformer_13b).exit_code == 0
+    nobody_asked = make(replace(question, gpus=()), transformer_13b)
     assert {v.fits for v in nobody_asked.verdicts} == {True, False}
     assert nobody_asked.exit_code == 0
 
@@ -202,7 +204,7 @@ def test_quantization_shrinks_the_blocks_matrices_and_nothing_else(
 ) -> None:
     part = drawn("2b", layers=2)
     plain, small = (
-        make(Order(precision=p), {"transformer": part}).stages[0] for p in ("bf16", name)
+        make(Question(precision=p), {"transformer": part}).stages[0] for p in ("bf16", name)
     )
     matrices = sum(
         prod(info.shape)
@@ -215,7 +217,7 @@ def test_quantization_shrinks_the_blocks_matrices_and_nothing_else(
 
 def test_an_engine_is_its_weights_and_little_more() -> None:
     part = drawn("2b", layers=2)
-    [stage] = make(Order(), {"transformer": part}).stages
+    [stage] = make(Question(), {"transformer": part}).stages
     weights = sum(2 * prod(shape) for shape in _shapes(part))
     assert weights < stage.engine < 1.02 * weights
     assert stage.disk == weights
@@ -224,8 +226,8 @@ def test_an_engine_is_its_weights_and_little_more() -> None:
 
 def test_fp8_on_ampere_is_refused_with_the_reason_whatever_the_memory() -> None:
     part = drawn("2b", layers=1)
-    order = Order(("256x256x9",), precision="fp8", gpus=("a100 80gb", "rtx 4060"))
-    refused, fine = make(order, {"transformer": part}).verdicts
+    question = Question(("256x256x9",), precision="fp8", gpus=("a100 80gb", "rtx 4060"))
+    refused, fine = make(question, {"transformer": part}).verdicts
     assert refused.reasons == (
         "transformer: fp8 needs SM89 or newer, A100 80GB is SM80 (Ampere); "
         "use fp32, fp16, bf16, int8, int4",
@@ -235,18 +237,18 @@ def test_fp8_on_ampere_is_refused_with_the_reason_whatever_the_memory() -> None:
 
 
 def test_turing_cannot_even_hold_what_a_quantized_model_leaves_in_bf16() -> None:
-    order = Order(("256x256x9",), precision="int8", gpus=("rtx 2080 ti",))
-    [verdict] = make(order, {"transformer": drawn("2b", layers=1)}).verdicts
+    question = Question(("256x256x9",), precision="int8", gpus=("rtx 2080 ti",))
+    [verdict] = make(question, {"transformer": drawn("2b", layers=1)}).verdicts
     [reason] = verdict.reasons
     assert reason.startswith("transformer: int8 leaves other weights bf16, and bf16 needs SM80")
 
 
 def test_the_roofline_never_gets_slower_on_a_better_card() -> None:
     parts = {"transformer": drawn("2b", layers=2)}
-    slow, fast = make(Order(gpus=("rtx 4060", "rtx 4090")), parts).verdicts
+    slow, fast = make(Question(gpus=("rtx 4060", "rtx 4090")), parts).verdicts
     assert slow.seconds["transformer"] > fast.seconds["transformer"]
     for verdict in (slow, fast):
-        [stage] = make(Order(gpus=("rtx 4060",)), parts).stages
+        [stage] = make(Question(gpus=("rtx 4060",)), parts).stages
         rate = verdict.target.rate("bf16")
         assert verdict.seconds["transformer"] >= stage.costs.flops / rate
         assert verdict.seconds["transformer"] >= stage.engine * 0.98 / verdict.target.bandwidth
@@ -260,9 +262,9 @@ def test_w8a8_is_faster_and_weights_alone_in_fp8_are_not() -> None:
     }
     gpus = ("rtx 4090",)
     parts = {"transformer": part}
-    bf16 = make(Order(gpus=gpus), parts).verdicts[0].seconds["transformer"]
-    fp8 = make(Order(precision="fp8", gpus=gpus), parts).verdicts[0].seconds["transformer"]
-    own = make(Order(gpus=gpus), {"transformer": replace(part, tensors=published)})
+    bf16 = make(Question(gpus=gpus), parts).verdicts[0].seconds["transformer"]
+    fp8 = make(Question(precision="fp8", gpus=gpus), parts).verdicts[0].seconds["transformer"]
+    own = make(Question(gpus=gpus), {"transformer": replace(part, tensors=published)})
     assert own.stages[0].number.stored == "fp8"
     assert own.stages[0].number.computed == "bf16"
     assert fp8 < 0.8 * bf16  # attention stays bf16
@@ -271,20 +273,20 @@ def test_w8a8_is_faster_and_weights_alone_in_fp8_are_not() -> None:
 
 def test_each_branch_of_guidance_costs_one_more_clip() -> None:
     parts = {"transformer": drawn("2b", layers=1)}
-    one, three = (make(Order(branches=n), parts).stages[0].costs for n in (1, 3))
+    one, three = (make(Question(branches=n), parts).stages[0].costs for n in (1, 3))
     assert three.flops == 3 * one.flops
     assert three.activations == 3 * one.activations
 
 
 def test_a_timestep_for_each_token_takes_more_memory() -> None:
     parts = {"transformer": drawn("2b", layers=1)}
-    one, each = (make(Order(per_token=p), parts).stages[0].costs for p in (False, True))
+    one, each = (make(Question(per_token=p), parts).stages[0].costs for p in (False, True))
     assert each.activations > one.activations
     assert each.io > one.io
 
 
 def test_the_shipped_model_fits_the_smallest_card_at_once(tiny: dict[str, Part]) -> None:
-    found = make(replace(TINY_ORDER, gpus=("rtx 2080 ti",)), tiny)
+    found = make(replace(TINY_QUESTION, gpus=("rtx 2080 ti",)), tiny)
     [verdict] = found.verdicts
     assert verdict.residency == "all resident"
     assert {stage.name: stage.number.stored for stage in found.stages} == dict.fromkeys(
@@ -296,7 +298,7 @@ def test_the_shipped_model_fits_the_smallest_card_at_once(tiny: dict[str, Part])
 
 
 def test_a_clip_takes_all_its_steps(tiny: dict[str, Part]) -> None:
-    found = make(replace(TINY_ORDER, gpus=("l4",)), tiny)
+    found = make(replace(TINY_QUESTION, gpus=("l4",)), tiny)
     [verdict] = found.verdicts
     parts = verdict.seconds
     wanted = parts["text_encoder"] + 4 * parts["transformer"] + parts["vae_decoder"]
@@ -314,7 +316,7 @@ def on_cards_of(
     monkeypatch.setattr(targets, "TARGETS", cards)
     parts = {name: part for name, part in tiny.items() if name != "transformer"}
     gpus = tuple(card.name for card in cards)
-    return make(replace(TINY_ORDER, shapes=("768x512x121",), gpus=gpus), parts)
+    return make(replace(TINY_QUESTION, shapes=("768x512x121",), gpus=gpus), parts)
 
 
 def test_less_memory_means_stages_in_turn_then_tiles_then_no(
@@ -355,8 +357,8 @@ def test_tiles_cover_the_clip_with_their_overlaps(
 
 def test_a_convolution_that_cannot_count_its_elements_is_tiled(tiny: dict[str, Part]) -> None:
     parts = {"vae_decoder": tiny["vae_decoder"]}
-    order = replace(TINY_ORDER, shapes=("2560x1440x1001",), gpus=("b200",))
-    found = make(order, parts)
+    question = replace(TINY_QUESTION, shapes=("2560x1440x1001",), gpus=("b200",))
+    found = make(question, parts)
     [verdict] = found.verdicts
     assert found.stages[0].most_elements > 2**31 - 1
     assert verdict.fits
@@ -371,7 +373,7 @@ def test_attention_in_float32_has_no_kernel() -> None:
     for value in part.model.graph.initializers.values():
         if value.name in part.tensors:
             value.const_value, value.dtype = None, ir.DataType.FLOAT
-    [verdict] = make(Order(("64x64x9",), "fp32", gpus=("l4",)), {"transformer": part}).verdicts
+    [verdict] = make(Question(("64x64x9",), "fp32", gpus=("l4",)), {"transformer": part}).verdicts
     assert verdict.reasons == (
         "transformer: no attention kernel for fp32 heads of 64; "
         "wanted fp16 or bf16 and at most 256",
@@ -395,13 +397,18 @@ def test_the_largest_clip_of_ranges_and_lists_counts(
 
 
 @pytest.mark.parametrize(
-    ("order", "wanted"),
+    ("question", "wanted"),
     [
         ({"shapes": ("1216x704",)}, "shape '1216x704' is not WIDTHxHEIGHTxFRAMES"),
         ({"shapes": ("1216x704x120",)}, "frames must be 8k + 1, not 120; try 121"),
         ({"shapes": ("1216x720x121",)}, "height must be a multiple of 32, not 720; try 704"),
         ({"precision": "fp9"}, "unknown precision 'fp9'; did you mean 'fp8'?"),
-        ({"rest_precision": "fp8"}, "vae_decoder cannot be fp8; use one of fp32, fp16, bf16"),
+        (
+            {"rest_precision": "fp8"},
+            "vae_decoder cannot be fp8; give --rest-precision one of fp32, fp16, bf16",
+        ),
+        ({"rest_precision": "bf61"}, "unknown precision 'bf61'; did you mean 'bf16'?"),
+        ({"text_tokens": 0}, "text tokens must be at least 1, not 0"),
         ({"gpus": ("rtx 9999",)}, "unknown GPU 'rtx 9999'"),
         ({"steps": 0}, "steps must be at least 1, not 0"),
         ({"branches": -1}, "branches must be at least 1, not -1"),
@@ -409,10 +416,10 @@ def test_the_largest_clip_of_ranges_and_lists_counts(
     ],
 )
 def test_a_typo_in_the_order_costs_one_line(
-    order: dict[str, Any], wanted: str, tiny: dict[str, Part]
+    question: dict[str, Any], wanted: str, tiny: dict[str, Part]
 ) -> None:
     with pytest.raises(UserError, match=re.escape(wanted)) as caught:
-        make(replace(TINY_ORDER, **order), {"vae_decoder": tiny["vae_decoder"], **tiny})
+        make(replace(TINY_QUESTION, **question), {"vae_decoder": tiny["vae_decoder"], **tiny})
     assert "\n" not in str(caught.value)
 
 
@@ -422,13 +429,41 @@ def test_a_precision_is_known_by_its_long_name_too() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("transformer", "rest", "wanted"),
+    [
+        ("fp16", None, "fp16"),
+        ("float32", None, "fp32"),
+        ("fp8", None, "bf16"),
+        (None, None, "bf16"),
+        ("fp8", "fp16", "fp16"),
+        ("bf16", "float32", "fp32"),
+    ],
+)
+def test_the_other_stages_follow_a_float_type_and_their_own_option_before_it(
+    transformer: str | None, rest: str | None, wanted: str
+) -> None:
+    assert Question(precision=transformer, rest_precision=rest).rest == wanted
+    tensors = {"a": TensorInfo("BF16", (8,), 0, 16)}
+    question = Question(precision=transformer, rest_precision=rest)
+    assert number("vae_decoder", question, tensors).stored == wanted
+
+
+def test_more_tokens_of_a_prompt_cost_more(tiny: dict[str, Part]) -> None:
+    few, many = (
+        make(replace(TINY_QUESTION, text_tokens=n), {"text_encoder": tiny["text_encoder"]})
+        for n in (16, 256)
+    )
+    assert many.stages[0].costs.flops > 16 * few.stages[0].costs.flops
+
+
 def test_a_stage_says_in_which_type_its_graph_is_wanted() -> None:
     tensors = {"a": TensorInfo("F8_E4M3", (8, 8), 0, 64), "b": TensorInfo("BF16", (8,), 64, 80)}
     assert own_precision("transformer", tensors) == "fp8"
-    assert float_type("transformer", Order(), tensors) == "bfloat16"
-    assert float_type("transformer", Order(precision="fp16"), tensors) == "float16"
-    assert float_type("vae_decoder", Order(rest_precision="float32"), tensors) == "float32"
-    assert number("transformer", Order(precision="int4"), tensors).computed == "bf16"
+    assert float_type("transformer", Question(), tensors) == "bfloat16"
+    assert float_type("transformer", Question(precision="fp16"), tensors) == "float16"
+    assert float_type("vae_decoder", Question(rest_precision="float32"), tensors) == "float32"
+    assert number("transformer", Question(precision="int4"), tensors).computed == "bf16"
     odd = {"a": TensorInfo("I64", (8,), 0, 64)}
     with pytest.raises(UserError, match="the weights of transformer are I64; say their --prec"):
         own_precision("transformer", odd)
@@ -439,12 +474,12 @@ def test_a_checkpoint_on_the_disk_is_planned_without_torch() -> None:
 import sys
 from pathlib import Path
 from ltx_export import plan, sources, stage_plan
-from ltx_export.plan_order import Order
+from ltx_export.plan_question import Question
 tiny = Path({str(TINY)!r})
-order = Order(("256x256x17",), "bf16", gpus=("rtx 4060",), branches=1)
+question = Question(("256x256x17",), "bf16", gpus=("rtx 4060",), branches=1)
 stages = ("text_encoder", "transformer", "vae_encoder", "vae_decoder")
 files = sources.read(tiny / "ltx-tiny.safetensors", tiny / "text_encoder")
-found = plan.make(order, stage_plan.parts(files, order, stages))
+found = plan.make(question, stage_plan.parts(files, question, stages))
 assert [stage.name for stage in found.stages] == list(stages)
 assert found.verdicts[0].fits, found.verdicts[0].reasons
 print({{"torch", "transformers"}} & set(sys.modules))
@@ -461,35 +496,71 @@ def test_steps_and_branches_are_those_of_the_model() -> None:
 
 def test_a_weight_without_a_file_is_a_mistake(tiny: dict[str, Part]) -> None:
     with pytest.raises(AssertionError, match="weights of the graph are in no file"):
-        make(TINY_ORDER, {"vae_decoder": replace(tiny["vae_decoder"], tensors={"x": _F32})})
+        make(TINY_QUESTION, {"vae_decoder": replace(tiny["vae_decoder"], tensors={"x": _F32})})
 
 
 _F32 = TensorInfo("F32", (1,), 0, 4)
 
 
-def shown(found: Plan, *, terminal: bool) -> str:
+def shown(found: Plan, *, terminal: bool, width: int = plan_report.UNFOLDED) -> str:
     stream = io.StringIO()
-    plan_report.show(found, Console(file=stream, width=160, force_terminal=terminal))
+    plan_report.show(found, Console(file=stream, width=width, force_terminal=terminal))
     return stream.getvalue()
 
 
 def test_the_tables_say_yes_and_no_in_words(tiny: dict[str, Part]) -> None:
-    text = shown(make(replace(TINY_ORDER, gpus=("rtx 4060",)), tiny), terminal=False)
+    text = shown(make(replace(TINY_QUESTION, gpus=("rtx 4060",)), tiny), terminal=False)
     assert "256x256x17: 192 tokens, 4 steps of 1 branch\n" in text
     assert "RTX 4060: yes, all stages at once;" in text
     for stage in tiny:
         assert re.search(rf"^{stage} +fp32 +0\.\d{{3}} G", text, re.MULTILINE)
+    assert "not counted" not in text
     assert "a bound from the GPU's rates, not a promise" in text
     assert text.isascii()
 
 
+def test_a_yes_for_some_stages_is_not_a_yes_for_all(tiny: dict[str, Part]) -> None:
+    without = {"vae_encoder": "not in x", "text_encoder": "give y", "vae_decoder": "not in x"}
+    parts = {"transformer": tiny["transformer"]}
+    found = make(replace(TINY_QUESTION, gpus=("rtx 4060",)), parts, without)
+    lines = shown(found, terminal=False).splitlines()
+    assert lines[1] == (
+        "vae_encoder, vae_decoder not counted: not in x; text_encoder not counted: give y"
+    )
+    [sentence] = [line for line in lines if line.startswith("RTX 4060: yes")]
+    assert "the counted stages at once" in sentence
+    assert "all stages" not in sentence
+    assert plan_report.document(found)["not_counted"] == without
+
+
+@pytest.mark.parametrize("width", [plan_report.FOLDED, plan_report.UNFOLDED])
+def test_a_table_keeps_every_number_in_its_width(width: int) -> None:
+    part = drawn("2b", layers=1)
+    published = {
+        name: replace(info, dtype="F8_E4M3") if len(info.shape) == 2 else info
+        for name, info in part.tensors.items()
+    }
+    gpus = ("rtx pro 6000 blackwell", "rtx 4060")
+    names = ("transformer", "latent_upsampler")
+    parts = dict.fromkeys(names, replace(part, tensors=published))
+    question = Question(("1216x704x257",), rest_precision="bf16", gpus=gpus)
+    text = re.sub(
+        r"\x1b\[[\d;]*m", "", shown(make(question, parts), terminal=width == 80, width=width)
+    )
+    tables = text[text.index("Stages") : text.index("RTX PRO 6000 Blackwell: ")].splitlines()
+    assert max(map(len, tables)) <= width
+    assert not re.search("\u2026", text)
+    for row in ("transformer", "latent_upsampler", "RTX 4060"):
+        assert any(re.match(rf"{row} +\S", line) for line in tables)
+
+
 def test_a_terminal_gets_rules_between_the_rows(tiny: dict[str, Part]) -> None:
-    found = make(replace(TINY_ORDER, gpus=("rtx 4060",)), tiny)
+    found = make(replace(TINY_QUESTION, gpus=("rtx 4060",)), tiny)
     assert not shown(found, terminal=True).isascii()
 
 
 def test_the_document_is_json_and_holds_what_the_tables_show(tiny: dict[str, Part]) -> None:
-    found = make(replace(TINY_ORDER, precision="fp32", gpus=("rtx 4060", "l4")), tiny)
+    found = make(replace(TINY_QUESTION, precision="fp32", gpus=("rtx 4060", "l4")), tiny)
     document = json.loads(json.dumps(plan_report.document(found)))
     assert document["exit_code"] == 0
     assert list(document["stages"]) == list(tiny)

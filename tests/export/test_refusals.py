@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ltx_export import cli, onnx_bundle
+from ltx_ref.checkpoint import read_header
 from tests.export.checkpoints import (
     checkpoint_tensors,
     config,
@@ -18,6 +19,8 @@ from tests.export.checkpoints import (
     write_text_encoder,
 )
 from tests.export.conftest import Files
+from tests.export.loras import factors, tensors, write
+from tests.export.upsamplers import write_upsampler
 
 
 @pytest.fixture
@@ -183,12 +186,142 @@ def test_a_pipeline_config_that_does_not_fit(
         (["--stages", "vae_encoder,transfomer"], "did you mean 'transformer'?"),
         (["--weights", "move"], "'move' is not one of"),
         (["--stg-mode", "residual"], "'residual' is not one of"),
+        (["--opset", "21"], "--opset 21 is not one of 20, 23"),
+        (["--precision", "fp8"], "'fp8' is not one of"),
+        (["--stages", "latent_upsampler"], "the stage latent_upsampler needs --upsampler FILE"),
     ],
 )
 def test_options_that_are_not_known(
     capsys: pytest.CaptureFixture[str], files: Files, out: Path, options: list[str], said: str
 ) -> None:
     assert said in refusal(capsys, files, out, *options)
+
+
+def test_a_stage_that_wants_a_file_that_was_not_given(
+    capsys: pytest.CaptureFixture[str], files: Files, out: Path
+) -> None:
+    assert cli.main(["onnx", str(files.checkpoint), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("ltx-export: the stage text_encoder needs --text-encoder FOLDER; ")
+    assert said.count("\n") == 1
+    assert not list(out.parent.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["transformer", "vae_encoder", "vae_decoder"])
+def test_a_stage_that_the_checkpoint_lacks(
+    capsys: pytest.CaptureFixture[str], files: Files, out: Path, tmp_path: Path, stage: str
+) -> None:
+    prefix = {"transformer": "model.", "vae_encoder": "vae.encoder", "vae_decoder": "vae.decoder"}
+    tensors = checkpoint_tensors(config("0.9.5"), torch.float32)
+    path = tmp_path / "part.safetensors"
+    kept = {name: t for name, t in tensors.items() if not name.startswith(prefix[stage])}
+    save_file(kept, path, {"config": json.dumps(config("0.9.5"))})
+    said = refusal(capsys, with_checkpoint(files, path), out, "--stages", stage)
+    assert said.startswith(f"{path} has no {stage}: none of its ")
+    assert said.endswith("choose other stages with --stages")
+
+
+def test_an_index_that_names_a_missing_file(
+    capsys: pytest.CaptureFixture[str], files: Files, out: Path, tmp_path: Path
+) -> None:
+    folder = write_text_encoder(tmp_path / "t5", shards=2)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    said = refusal(capsys, Files(files.checkpoint, folder), out)
+    index = folder / "model.safetensors.index.json"
+    shard = "model-00002-of-00002.safetensors"
+    assert said == f"{index} names {shard}, which is not there; download it again"
+
+
+def test_an_upsampler_of_other_latents(
+    capsys: pytest.CaptureFixture[str], files: Files, out: Path, tmp_path: Path
+) -> None:
+    path = write_upsampler(tmp_path / "upsampler.safetensors", channels=16)
+    assert "16" in refusal(capsys, files, out, "--upsampler", str(path))
+    assert "no 'config' metadata" in refusal(
+        capsys, files, out, "--upsampler", str(files.text_encoder / SHARD)
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--precision", "bfloat16")], ids=["all stay", "converted"]
+)
+def test_references_to_two_folders(
+    capsys: pytest.CaptureFixture[str],
+    files: Files,
+    out: Path,
+    tmp_path: Path,
+    options: tuple[str, ...],
+) -> None:
+    """An upsampler wants the checkpoint's statistics too; a runtime maps from one folder."""
+    dtype = torch.bfloat16 if options else torch.float32
+    path = write_upsampler(tmp_path / "upsampler.safetensors", 12, dtype)
+    said = refusal(capsys, files, out, "--upsampler", str(path), "--weights", "refer", *options)
+    assert said.startswith("the stage latent_upsampler has weights in ")
+    assert said.endswith("wants in one folder; use --weights link or copy")
+    assert str(path) in said
+
+
+SHARD = "model-00001-of-00002.safetensors"
+
+
+@pytest.mark.parametrize("stage", ["vae_decoder", "vae_encoder"])
+def test_bfloat16_convolutions_at_opset_20(
+    capsys: pytest.CaptureFixture[str], files: Files, out: Path, tmp_path: Path, stage: str
+) -> None:
+    path = write_checkpoint(tmp_path / "half.safetensors", config("0.9.5"), dtype=torch.bfloat16)
+    half = with_checkpoint(files, path)
+    said = refusal(capsys, half, out, "--stages", stage, "--opset", "20")
+    assert said == (
+        f"opset 20 has no bfloat16 convolution, which the stage {stage} needs; "
+        "choose --opset 23, or --precision float32"
+    )
+
+
+@pytest.mark.parametrize(
+    "scale", ["model.diffusion_model.transformer_blocks.0.attn1.to_q.weight_scale", "scaled_fp8"]
+)
+def test_8_bit_weights_with_scales(
+    capsys: pytest.CaptureFixture[str], files: Files, out: Path, tmp_path: Path, scale: str
+) -> None:
+    tensors = checkpoint_tensors(config("0.9.5"), torch.float32)
+    tensors[QUERY] = tensors[QUERY].to(torch.float8_e4m3fn)
+    tensors[scale] = torch.ones(())
+    path = tmp_path / "scaled.safetensors"
+    save_file(tensors, path, {"config": json.dumps(config("0.9.5"))})
+    said = refusal(capsys, with_checkpoint(files, path), out, "--ignore-config-key", "x")
+    assert scale in said
+
+
+def lora_of(files: Files, path: Path) -> Path:
+    return write(path, tensors(factors(read_header(files.checkpoint).shapes())))
+
+
+def test_a_lora_for_another_model(
+    capsys: pytest.CaptureFixture[str], files: Files, out: Path, tmp_path: Path
+) -> None:
+    wide = config("0.9.5")
+    wide["transformer"] |= {"attention_head_dim": 24, "cross_attention_dim": 48}
+    other = with_checkpoint(files, write_checkpoint(tmp_path / "wide.safetensors", wide))
+    path = lora_of(other, tmp_path / "other.safetensors")
+    said = refusal(capsys, files, out, "--lora", f"{path}:0.5", "--stages", "transformer")
+    assert said.startswith(f"{path}: ")
+    assert "take a LoRA that was trained on this model" in said
+
+
+@pytest.mark.parametrize("strength", ["-0,5", "--0.5", "0.5x", "nan"])
+def test_a_strength_with_a_typo(
+    capsys: pytest.CaptureFixture[str], files: Files, out: Path, tmp_path: Path, strength: str
+) -> None:
+    path = lora_of(files, tmp_path / "lora.safetensors")
+    wish = f"{path}:{strength}"
+    said = refusal(capsys, files, out, "--lora", wish)
+    assert said.startswith(f"--lora {wish}: the strength '{strength}' is not a finite number")
+    target = out.parent / "fused.safetensors"
+    arguments = ["lora", wish, "--checkpoint", str(files.checkpoint), "--out", str(target)]
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[-1].startswith(f"ltx-export: --lora {wish}: the strength")
+    assert not list(out.parent.iterdir())
 
 
 def test_a_place_where_nothing_can_be_written(
@@ -255,3 +388,66 @@ def test_ctrl_c_leaves_nothing(
     assert cli.main(["onnx", *arguments, "--out", str(out)]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert not list(out.parent.iterdir())
+
+
+def test_two_files_of_one_name_are_told_apart_before_one_overwrites_the_other(
+    capsys: pytest.CaptureFixture[str], files: Files, out: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    path = write_upsampler(tmp_path / "other" / files.checkpoint.name, 12)
+    for how in ("copy", "link"):
+        said = refusal(capsys, files, out, "--upsampler", str(path), "--weights", how)
+        assert f"would both be {files.checkpoint.name} in the bundle; rename one" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("transformer.onnx", "the graph of transformer would both be transformer.onnx"),
+        ("manifest.json", "the manifest would both be manifest.json"),
+        ("a\\b.safetensors", "a file of that name cannot be in a bundle; rename it"),
+    ],
+)
+def test_a_checkpoint_with_the_name_of_another_file_of_the_bundle(
+    capsys: pytest.CaptureFixture[str],
+    files: Files,
+    out: Path,
+    tmp_path: Path,
+    name: str,
+    said: str,
+) -> None:
+    os.link(files.checkpoint, tmp_path / name)
+    assert said in refusal(capsys, with_checkpoint(files, tmp_path / name), out)
+
+
+def test_a_bundle_does_not_replace_the_files_that_it_refers_to(
+    capsys: pytest.CaptureFixture[str], files: Files, out: Path
+) -> None:
+    made = ("onnx", str(files.checkpoint), "--stages", "transformer", "--out", str(out))
+    assert cli.main([*made, "--weights", "copy"]) == 0
+    capsys.readouterr()
+    inside = with_checkpoint(files, out / files.checkpoint.name)
+    said = refusal(capsys, inside, out, "--weights", "refer", "--overwrite")
+    assert "lies in" in said
+    assert "which is replaced" in said
+    assert inside.checkpoint.is_file()
+
+
+def test_an_upscaler_without_its_stage_and_in_the_checkpoints_place(
+    capsys: pytest.CaptureFixture[str], files: Files, out: Path, tmp_path: Path
+) -> None:
+    path = write_upsampler(tmp_path / "upsampler.safetensors", 12)
+    said = refusal(capsys, files, out, "--upsampler", str(path), "--stages", "transformer")
+    assert "--upsampler has no effect" in said
+    said = refusal(capsys, with_checkpoint(files, path), out)
+    assert said.endswith("upsampler.safetensors is a latent upscaler; give it with --upsampler")
+
+
+def test_words_that_say_nothing(
+    capsys: pytest.CaptureFixture[str], files: Files, out: Path, tmp_path: Path
+) -> None:
+    assert "--name is empty" in refusal(capsys, files, out, "--name", "")
+    assert "all means each" in refusal(capsys, files, out, "--stages", "all,transformer")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text("{}", encoding="utf-8")
+    assert "is an index of shards" in refusal(capsys, with_checkpoint(files, index), out)

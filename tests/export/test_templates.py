@@ -29,6 +29,7 @@ def first(stage: str, models: str) -> Model:
     [
         ("transformer", "tiny"),
         ("text_encoder", "tiny"),
+        ("vae_decoder", "tiny"),
         ("transformer", "released"),
         ("latent_upsampler", "released"),
     ],
@@ -65,7 +66,6 @@ def test_templates_are_small_and_have_no_weight_and_no_trace_of_their_maker() ->
         data = gzip.decompress(path.read_bytes())
         for secret in (b".py", b"/work", b"/home", b"site-packages", b"stack_trace"):
             assert secret not in data, path.name
-        assert path.read_bytes()[4:8] == b"\0" * 4, "gzip's time of making"
 
 
 FACTS: Mapping[str, float] = {"width": 4, "eps": 1e-6}
@@ -104,6 +104,7 @@ def test_what_was_saved_is_what_is_found(tmp_path: Path) -> None:
 def test_saving_leaves_the_graph_as_it_was_and_says_the_same_twice(tmp_path: Path) -> None:
     made = model()
     first_bytes = templates.save(made, "s", FACTS, tmp_path).read_bytes()
+    assert first_bytes[4:8] == b"\0" * 4, "gzip's time of making"
     assert made.graph.initializers["w"].const_value is None
     assert templates.save(made, "s", FACTS, tmp_path).read_bytes() == first_bytes
     assert templates.save(model(2.0), "s", FACTS, tmp_path).read_bytes() != first_bytes

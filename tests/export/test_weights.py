@@ -1,5 +1,6 @@
 """A graph's weights are the checkpoint's own bytes under the checkpoint's own names."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -8,12 +9,13 @@ import pytest
 import torch
 
 from ltx_engines.bundle import Precision
-from ltx_engines.stages import STAGES
+from ltx_engines.stages import FLOAT, STAGES, Stage, Tensor
 from ltx_export import invariants, weights
 from ltx_export.element_types import ONNX_TYPES
 from ltx_export.onnx_bundle import check_graph
 from ltx_ref.checkpoint import TensorInfo, read_header
 from ltx_ref.ltx_video.config import TRANSFORMER_PREFIX
+from tests.export.by_hand import parsed
 from tests.export.conftest import Exported
 
 PREFIXES = {
@@ -231,3 +233,43 @@ def test_large_and_float64_constants_are_found() -> None:
         f"long holds [{2**40}], more than 32 bits",
         "table has 40000 bytes inside the graph",
     ]
+
+
+@pytest.mark.parametrize(
+    ("node", "problem"),
+    [
+        ("y = RandomNormalLike(x)", "n draws random numbers; noise is an input"),
+        ("y = my.Own(x)", "n is a my:Own, which TensorRT does not have"),
+        ("y = SequenceConstruct(x)", "n is a :SequenceConstruct, which TensorRT does not have"),
+        ("y = Cast<to = 11>(x)", "n computes in float64"),
+    ],
+)
+def test_a_node_that_an_engine_should_not_have_is_named(node: str, problem: str) -> None:
+    model = parsed(f'g (float[N] x) => (float[N] y) {{ ["n"] {node} }}')
+    assert list(invariants._node_problems(model)) == [problem]
+
+
+def test_a_nodes_metadata_are_found() -> None:
+    model = parsed('g (float[N] x) => (float[N] y) { ["n"] y = Neg(x) }')
+    assert not list(invariants._node_problems(model))
+    model.graph[0].metadata_props["where"] = "/home/me"
+    assert list(invariants._node_problems(model)) == [
+        "n carries metadata, which may hold local paths"
+    ]
+
+
+def test_borders_that_are_not_the_tables_are_found() -> None:
+    row = Tensor("x", FLOAT, ("batch", 3))
+    stage = Stage("s", (row,), (replace(row, name="y"),))
+    model = parsed('g (float[batch,3] x) => (float[batch,3] y) { ["n"] y = Neg(x) }')
+    invariants.check(model, stage, "float32", {})
+    for changed, precision in ((stage, "float16"), (replace(stage, outputs=(row,)), "float32")):
+        with pytest.raises(AssertionError, match=r"^s: borders are .*, the table says"):
+            invariants.check(model, changed, precision, {})
+    model.graph.inputs[0].shape = ir.Shape(["batch", 4])
+    with pytest.raises(AssertionError, match="borders are"):
+        invariants.check(model, stage, "float32", {})
+
+
+def test_a_weight_that_points_nowhere_is_found() -> None:
+    assert list(invariants._constant_problems(graph_with("a"), {})) == ["a has no value"]

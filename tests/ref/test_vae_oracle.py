@@ -16,7 +16,7 @@ from ltx_ref.ltx_video.config import (
     VAEConfig,
     noise_blocks,
 )
-from ltx_ref.ltx_video.vae import VideoVAE
+from ltx_ref.ltx_video.vae import VideoVAE, pixel_norm
 from tests.ref.oracles import ORIGINAL_MISSING, TOLERANCE, difference, normals, randomize
 
 GENERATIONS: tuple[Generation, ...] = get_args(Generation)
@@ -309,3 +309,10 @@ def test_the_released_sizes_have_the_released_numbers_of_parameters(
     found = [sum(p.numel() for p in part.parameters()) for part in (vae.encoder, vae.decoder)]
     assert tuple(found) == counts
     assert len(list(vae.parameters())) == tensors
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-5, 300.0])
+def test_the_norm_in_float16_neither_divides_by_zero_nor_overflows(value: float) -> None:
+    x = torch.full((1, 8, 1, 2, 2), value)
+    found = pixel_norm(x.half()).float()
+    assert (found - pixel_norm(x.half().float())).abs().max() < 2e-3

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ltx_engines.bundle import Bundle, StageEntry, open_bundle, tensor_entries
+from ltx_engines.bundle import Bundle, StageEntry, create, open_bundle, seal, tensor_entries
 from ltx_engines.errors import UserError
 from ltx_engines.stages import FLOAT, Tensor
 from ltx_trt.session import onnxruntime_session as module
@@ -17,7 +17,15 @@ from ltx_trt.session.onnxruntime_session import (
     from_bfloat16,
     to_bfloat16,
 )
-from tests.runtime.conftest import GAIN, LAYERS, WIDTH, manifest, write_transformer
+from tests.runtime.conftest import (
+    GAIN,
+    LAYERS,
+    WIDTH,
+    manifest,
+    write_files,
+    write_graph,
+    write_transformer,
+)
 
 pytest.importorskip("onnxruntime")
 
@@ -198,3 +206,126 @@ def test_a_gpu_that_cannot_start_is_told(caplog: pytest.LogCaptureFixture) -> No
     entry = manifest().stages["transformer"]
     module._check_provider("transformer", entry, module.CUDA, module.CPU)
     assert "could not start" in caplog.text
+
+
+def referring(tmp_path: Path, *homes: str) -> Path:
+    """A bundle whose transformer has its weights in these folders, and none in its own."""
+    files = [tmp_path / home / "by-hand.safetensors" for home in homes]
+    with create(tmp_path / "bundle") as temporary:
+        write_files(temporary)
+        for file in files:
+            file.parent.mkdir()
+            file.write_bytes((temporary / file.name).read_bytes())
+        (temporary / files[0].name).unlink()
+        keys = tuple(map(str, files))
+        plain = manifest()
+        stage = plain.stages["transformer"].model_copy(update={"weights": keys})
+        stages = plain.stages | {"transformer": stage}
+        seal(temporary, manifest(checkpoint=keys[0], stages=stages), elsewhere=keys)
+    return tmp_path / "bundle"
+
+
+def test_weights_in_another_folder_are_found_there(tmp_path: Path) -> None:
+    bundle = open_bundle(referring(tmp_path, "hub"))
+    assert not list(bundle.path.rglob("*.safetensors"))
+    with OnnxRuntimeSession.open(bundle, "transformer") as session:
+        velocity = session(feeds())["velocity"]
+    assert np.allclose(velocity[0], 3 - GAIN)
+
+
+def test_a_bundle_that_moved_still_finds_weights_that_did_not(tmp_path: Path) -> None:
+    moved = referring(tmp_path, "hub").rename(tmp_path / "moved")
+    with OnnxRuntimeSession.open(open_bundle(moved), "transformer") as session:
+        assert np.allclose(session(feeds())["velocity"][0], 3 - GAIN)
+
+
+def test_weights_in_two_folders_cost_one_line_that_names_both(tmp_path: Path) -> None:
+    bundle = open_bundle(referring(tmp_path, "hub", "lora"))
+    with pytest.raises(UserError, match="they must lie in one folder") as told:
+        OnnxRuntimeSession.open(bundle, "transformer")
+    said = str(told.value)
+    assert said.isprintable()
+    assert str(tmp_path / "hub") in said
+    assert str(tmp_path / "lora") in said
+    with OnnxRuntimeSession.open(bundle, "vae_decoder"):
+        pass
+
+
+def test_weights_in_the_bundle_and_elsewhere_cost_one_line_too(tmp_path: Path) -> None:
+    """A fused checkpoint is written into the bundle, an upsampler may stay where it is."""
+    bundle = open_bundle(referring(tmp_path, "hub"))
+    stage = bundle.stage("transformer")
+    both = stage.model_copy(update={"weights": (*stage.weights, "transformer.onnx")})
+    stages = bundle.manifest.stages | {"transformer": both}
+    mixed = Bundle(bundle.path, bundle.manifest.model_copy(update={"stages": stages}))
+    with pytest.raises(UserError, match="they must lie in one folder") as told:
+        OnnxRuntimeSession.open(mixed, "transformer")
+    assert str(bundle.path) in str(told.value)
+    assert str(tmp_path / "hub") in str(told.value)
+
+
+ROWS = 4096
+"""A square weight of 64 MiB."""
+
+
+def write_large(graph: Path, weights: Path) -> None:
+    """velocity = latents (W^T W): the second product is with a transpose, as exporters write it."""
+    from onnx import TensorProto, helper
+
+    matrix = np.zeros((4, ROWS), np.float32)
+    matrix[:, :4] = np.eye(4)
+    weights.write_bytes(matrix.tobytes() + b"\0" * 4 * ROWS * ROWS)
+    tensors = []
+    for name, offset, dims in (("w", 0, [4, ROWS]), ("v", 16 * ROWS, [ROWS, ROWS])):
+        tensor = TensorProto(name=name, data_type=1, dims=dims, data_location=TensorProto.EXTERNAL)
+        length = 4 * dims[0] * dims[1]
+        for key, value in (("location", weights.name), ("offset", offset), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
+        tensors.append(tensor)
+    node = helper.make_node
+    nodes = [
+        node("MatMul", ["latents", "w"], ["wide"]),
+        node("Transpose", ["v"], ["turned"], perm=[1, 0]),
+        node("MatMul", ["wide", "turned"], ["nothing"]),
+        node("Add", ["wide", "nothing"], ["sum"]),
+        node("Transpose", ["w"], ["back"], perm=[1, 0]),
+        node("MatMul", ["sum", "back"], ["product"]),
+        *(node("ReduceSum", [name], [f"{name}_0"], keepdims=0) for name in UNUSED),
+        node("Sum", [f"{name}_0" for name in UNUSED], ["unused"]),
+        node("Mul", ["unused", "zero"], ["nil"]),
+        node("Add", ["product", "nil"], ["velocity"]),
+    ]
+    write_graph(graph, "transformer", nodes, {"zero": np.float32(0)}, tensors)
+
+
+UNUSED = ("coords", "timestep", "prompt_embeds", "prompt_mask", "skip_layer_mask")
+
+
+def private() -> int:
+    """Bytes of this process that no file stands behind."""
+    for line in Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines():
+        if line.startswith("Anonymous:"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError("no line Anonymous")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells")
+@pytest.mark.parametrize("home", ["bundle", "hub"])
+def test_weights_are_mapped_and_not_copied(tmp_path: Path, home: str) -> None:
+    pytest.importorskip("onnx")
+    (tmp_path / "hub").mkdir()
+    key = "large.bin" if home == "bundle" else str(tmp_path / "hub" / "large.bin")
+    with create(tmp_path / "bundle") as temporary:
+        write_files(temporary)
+        write_large(temporary / "transformer.onnx", temporary / key)
+        plain = manifest()
+        stage = plain.stages["transformer"].model_copy(update={"weights": (key,)})
+        sealed = manifest(stages=plain.stages | {"transformer": stage})
+        seal(temporary, sealed, elsewhere=() if home == "bundle" else (key,))
+    bundle = open_bundle(tmp_path / "bundle")
+    before = private()
+    with OnnxRuntimeSession.open(bundle, "transformer", threads=1) as session:
+        velocity = session(feeds())["velocity"]
+        grown = private() - before
+    assert np.array_equal(velocity, feeds()["latents"])
+    assert grown < ROWS * ROWS, "less than a quarter of the weight"

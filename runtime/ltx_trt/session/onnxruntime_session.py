@@ -6,7 +6,7 @@ import ctypes
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,6 +15,7 @@ import numpy as np
 from ltx_engines.bundle import Bundle, StageEntry
 from ltx_engines.errors import UserError
 from ltx_trt.session import Array, Feeds, check_feeds
+from ltx_trt.session.external_data import locations
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -181,14 +182,29 @@ def _graph(bundle: Bundle, entry: StageEntry, options: Any) -> str | bytes:
     They are mapped there. (`add_external_initializers` would take them from anywhere, and copy.)
     """
     file = bundle.file(entry.file)
-    homes = {bundle.file(name).parent for name in entry.weights if PurePath(name).is_absolute()}
-    if not homes:
+    if not any(PurePath(name).is_absolute() for name in entry.weights):
         return str(file)
+    homes = {bundle.file(name).parent for name in entry.weights}
     if len(homes) > 1:
         listed = ", ".join(sorted(map(str, homes)))
         raise UserError(f"{file} has weights in {listed}; they must lie in one folder")
+    graph = file.read_bytes()
+    _check_locations(file, graph, {PurePath(name).name for name in entry.weights})
     options.add_session_config_entry(FOLDER, str(*homes))
-    return file.read_bytes()
+    return graph
+
+
+def _check_locations(file: Path, graph: bytes, listed: set[str]) -> None:
+    """It must not read whatever else lies in that folder."""
+    try:
+        unlisted = locations(graph) - listed
+    except ValueError as error:
+        raise UserError(f"{file} is not one of our graphs: {error}") from None
+    if unlisted:
+        raise UserError(
+            f"{file} reads {', '.join(sorted(unlisted))}, which the manifest does not list; "
+            "export the bundle again (ltx-export onnx)"
+        )
 
 
 def _check_names(

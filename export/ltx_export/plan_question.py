@@ -13,6 +13,7 @@ from ltx_engines.shapes import VideoShape
 from ltx_engines.targets import PRECISIONS, Precision
 from ltx_ref.checkpoint import TensorInfo
 from ltx_ref.ltx_video.config import ModelConfig
+from ltx_ref.text import MAX_LENGTH
 
 FLOATS: Mapping[Precision, FloatType] = MappingProxyType(
     {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -28,29 +29,43 @@ MOST_BRANCHES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What the user asked for. Shapes are `WxHxF` or `WxHxF..WxHxF`; the largest one counts.
+class Question:
+    """What the user asked. Shapes are `WxHxF` or `WxHxF..WxHxF`; the largest one counts.
 
-    `precision` is the transformer's; None takes its weights as they are. `branches` are the
-    transformer's passes of one step: the prompt's, and one each for CFG and STG. `per_token` plans
-    a timestep for each token, as conditioning on images needs it.
+    `precision` is the transformer's; None takes its weights as they are. `rest_precision` is the
+    other stages', see `rest`. `branches` are the transformer's passes of one step: the prompt's,
+    and one each for CFG and STG. `per_token` plans a timestep for each token, as conditioning on
+    images needs it.
     """
 
     shapes: tuple[str, ...] = ("1216x704x121",)
     precision: str | None = None
-    rest_precision: str = "bf16"
+    rest_precision: str | None = None
     gpus: tuple[str, ...] = ()
     steps: int = 40
     branches: int = MOST_BRANCHES
-    text: int = 256
+    text_tokens: int = MAX_LENGTH
     per_token: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("steps", self.steps), ("branches", self.branches)):
+        for name in ("steps", "branches", "text_tokens"):
+            value = getattr(self, name)
             if value < 1:
-                raise UserError(f"{name} must be at least 1, not {value}")
+                raise UserError(f"{name.replace('_', ' ')} must be at least 1, not {value}")
         if self.branches > MOST_BRANCHES:
             raise UserError(f"branches must be at most {MOST_BRANCHES}, not {self.branches}")
+
+    @property
+    def rest(self) -> Precision:
+        """Of the other stages: their own option, else the transformer's float type, else bf16.
+
+        Raises:
+            UserError: a precision is unknown.
+        """
+        if self.rest_precision is not None:
+            return precision(self.rest_precision)
+        wanted = "bf16" if self.precision is None else precision(self.precision)
+        return wanted if wanted in FLOATS else "bf16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +114,17 @@ def _shape(word: str) -> VideoShape:
     return VideoShape(frames, height, width)
 
 
-def number(stage: str, order: Order, tensors: Mapping[str, TensorInfo]) -> Number:
-    """What the order makes of a stage's weights.
+def number(stage: str, question: Question, tensors: Mapping[str, TensorInfo]) -> Number:
+    """What the question makes of a stage's weights.
 
     Raises:
         UserError: its precision is unknown, or not one for this stage.
     """
-    word = order.precision if stage == "transformer" else order.rest_precision
+    word = question.precision if stage == "transformer" else question.rest
     stored = own_precision(stage, tensors) if word is None else precision(word)
     if stage != "transformer" and stored not in FLOATS:
-        raise UserError(f"{stage} cannot be {stored}; use one of {', '.join(FLOATS)}")
+        known = ", ".join(FLOATS)
+        raise UserError(f"{stage} cannot be {stored}; give --rest-precision one of {known}")
     base = stored if stored in FLOATS else "bf16"
     # Small weights without scales of activations are made large again before they are multiplied.
     alone = word is None or stored == "int4"
@@ -126,9 +142,9 @@ def own_precision(stage: str, tensors: Mapping[str, TensorInfo]) -> Precision:
     return OWN[most]
 
 
-def float_type(stage: str, order: Order, tensors: Mapping[str, TensorInfo]) -> FloatType:
-    """The element type that a stage's graph must have for this order."""
-    return FLOATS[number(stage, order, tensors).base]
+def float_type(stage: str, question: Question, tensors: Mapping[str, TensorInfo]) -> FloatType:
+    """The element type that a stage's graph must have for this question."""
+    return FLOATS[number(stage, question, tensors).base]
 
 
 def usual(config: ModelConfig) -> tuple[int, int]:
