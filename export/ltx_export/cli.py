@@ -1,10 +1,8 @@
 """ltx-export: from a checkpoint to a bundle that a small runtime plays."""
 
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,10 +11,9 @@ import typer
 from ltx_engines.command import invoke
 from ltx_engines.errors import UserError, nearest
 from ltx_engines.stages import OPTIONAL, STAGES
+from ltx_export import quantization_commands
+from ltx_export.console import check_packages, follow
 from ltx_ref.checkpoint import CheckpointError
-
-PACKAGES = ("ml_dtypes", "onnx", "onnx_ir")
-"""Of the extra [export]."""
 
 
 class Weights(StrEnum):
@@ -104,7 +101,7 @@ def onnx(  # noqa: PLR0913 - options of a command
 ) -> None:
     """Write one ONNX graph for each stage; their weights stay in the original files."""
     chosen = _stages(stages)
-    _check_packages("onnx")
+    check_packages("onnx")
     from ltx_export.onnx_bundle import Order, write
 
     order = Order(
@@ -124,7 +121,7 @@ def onnx(  # noqa: PLR0913 - options of a command
         overwrite=overwrite,
         ignore_config_keys=tuple(ignore_config_key),
     )
-    seconds = _follow(write(order))
+    seconds = follow(write(order))
     typer.echo(f"{out}: {stages} in {seconds:.1f} s")
 
 
@@ -156,7 +153,7 @@ def lora(
     ] = None,
 ) -> None:
     """Look at LoRAs, or fuse them into a checkpoint."""
-    _check_packages("lora")
+    check_packages("lora")
     from ltx_export import fusion
 
     if listing == (out is not None):
@@ -167,7 +164,7 @@ def lora(
         return
     if checkpoint is None:
         raise UserError("ltx-export lora --out FILE wants --checkpoint FILE, to fuse into")
-    seconds = _follow(fusion.fuse(files, checkpoint, out))
+    seconds = follow(fusion.fuse(files, checkpoint, out))
     typer.echo(f"{out}: {len(files)} fused in {seconds:.1f} s")
 
 
@@ -176,7 +173,7 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete them.")] = False,
 ) -> None:
     """Say which converted and fused weights are kept for the next export."""
-    _check_packages("cache")
+    check_packages("cache")
     from ltx_export import weight_cache
 
     if clear:
@@ -225,7 +222,7 @@ def plan(  # noqa: PLR0913 - options of a command
 ) -> None:
     """Say what each stage needs, and whether it fits a GPU; exit code 3 if one that was asked for
     is too small."""
-    _check_packages("plan")
+    check_packages("plan")
     import json
 
     from ltx_export import plan as planning
@@ -267,7 +264,7 @@ def inspect(
     ignore_config_key: IgnoreKeys = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Say what weights are: version, sizes, element types, quantization, tensors by size."""
-    _check_packages("inspect")
+    check_packages("inspect")
     from ltx_export import inspection
 
     listed = None if tensors else inspection.LARGEST
@@ -275,17 +272,13 @@ def inspect(
         typer.echo(line)
 
 
+for command in quantization_commands.COMMANDS:
+    app.command()(command)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     return invoke(app, "ltx-export", arguments, mendable=(CheckpointError,))
-
-
-def _check_packages(command: str) -> None:
-    """The base install is the runtime; what exports comes with an extra."""
-    if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        raise UserError(
-            f"ltx-export {command} needs {', '.join(missing)}; pip install 'ltx-trt[export]'"
-        )
 
 
 def _stages(words: str) -> tuple[str, ...] | None:
@@ -309,28 +302,6 @@ def _opset(number: int | None) -> Literal[20, 23] | None:
     if number not in known:
         raise UserError(f"--opset {number} is not one of 20, 23")
     return known[number]
-
-
-def _follow(steps: Iterator[str]) -> float:
-    """Show each step while it runs and its seconds when it is done; returns the sum.
-
-    What follows a colon is how far the step is.
-    """
-    from rich.console import Console
-
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    begin = start = time.perf_counter()
-    step = ""
-    with console.status("starting") as status:
-        for shown in steps:
-            following = shown.partition(": ")[0]
-            if step and following != step:
-                console.print(f"{step}: {time.perf_counter() - start:.1f} s")
-            if following != step:
-                step, start = following, time.perf_counter()
-            status.update(shown)
-        console.print(f"{step}: {time.perf_counter() - start:.1f} s")
-    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":
