@@ -133,22 +133,23 @@ def _layer(header: Header, path: str, weight: TensorInfo) -> Layer:
     parts = {part: header.tensors.get(f"{path}.{part}") for part in PARTS}
     calibrated, plain = _FORMATS[weight.dtype]
     layer = Layer(path, plain if parts["input_scale"] is None else calibrated, weight, **parts)
-    wanted = _wanted(layer)
+    scales = wanted(layer)
     for part, info in parts.items():
         found = None if info is None else (info.dtype, info.shape)
-        if found != wanted.get(part) and not (part == "pre_quant_scale" and found is None):
+        if found != scales.get(part) and not (part == "pre_quant_scale" and found is None):
             raise CheckpointError(
                 f"{header.path}: {path}.{part} is {_said(found)}, {layer.format} wants "
-                f"{_said(wanted.get(part))}; quantize the bfloat16 checkpoint again"
+                f"{_said(scales.get(part))}; quantize the bfloat16 checkpoint again"
             )
     return layer
 
 
-def _wanted(layer: Layer) -> dict[str, tuple[str, tuple[int, ...]]]:
+def wanted(layer: Layer) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The type and the shape of each scale that such a layer has."""
     rows, columns = layer.shape
     one: tuple[str, tuple[int, ...]] = ("F32", ())
     row: tuple[str, tuple[int, ...]] = ("F32", (rows,))
-    wanted: dict[Format, dict[str, tuple[str, tuple[int, ...]]]] = {
+    known: dict[Format, dict[str, tuple[str, tuple[int, ...]]]] = {
         "fp8": {"weight_scale": row, "input_scale": one},
         "int8": {"weight_scale": row, "input_scale": one, "pre_quant_scale": ("F32", (columns,))},
         "fp8-cast": {},
@@ -160,7 +161,7 @@ def _wanted(layer: Layer) -> dict[str, tuple[str, tuple[int, ...]]]:
             "input_scale": one,
         },
     }
-    return wanted[layer.format]
+    return known[layer.format]
 
 
 def _said(found: tuple[str, tuple[int, ...]] | None) -> str:

@@ -37,6 +37,7 @@ FORMAT_VERSION = 1
 AGAIN = "export the bundle again (ltx-export onnx)"
 
 Precision = Literal["float32", "float16", "bfloat16"]
+QuantizedFormat = Literal["fp8", "int8", "fp8-cast", "int8-wo", "int4-wo", "nvfp4"]
 StgMode = Literal["attention_values", "attention_skip", "transformer_block"]
 Count = Annotated[int, Field(ge=1)]
 PerStep = float | tuple[float, ...]
@@ -59,6 +60,14 @@ class TensorEntry(_Frozen):
     axes: tuple[Count | str, ...]
 
 
+class QuantizationEntry(_Frozen):
+    """How many linear layers of a stage have which format, by what recipe; None if the file does
+    not say."""
+
+    recipe: str | None = None
+    layers: dict[QuantizedFormat, Count]
+
+
 class StageEntry(_Frozen):
     """`file` and `weights`, the files that the graph points into, are keys of Manifest.files."""
 
@@ -67,6 +76,7 @@ class StageEntry(_Frozen):
     outputs: tuple[TensorEntry, ...]
     weights: tuple[str, ...] = ()
     opset: Count | None = None
+    quantization: QuantizationEntry | None = None
 
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from ltx_engines.bundle import Precision
 from ltx_engines.errors import UserError
-from ltx_ref.checkpoint import BITS, Header, TensorInfo
+from ltx_export import foreign
+from ltx_ref import quantization
+from ltx_ref.checkpoint import BITS, CheckpointError, Header, TensorInfo
 
 Numbers = NDArray[Any]
 
@@ -33,22 +35,7 @@ NUMPY: MappingProxyType[str, np.dtype[Any]] = MappingProxyType(
 FLOATS = frozenset({"F64", *TYPES.values()})
 """The types in which weights are trained and computed with."""
 
-SCALES = (
-    *(".weight_scale", ".weight_scale_2", ".input_scale", ".pre_quant_scale"),  # ModelOpt, LTX-2
-    *(".scale_weight", ".scale_input", "scaled_fp8", ".comfy_quant"),  # ComfyUI
-    *(
-        "_scale_inv",
-        ".absmax",
-        ".quant_map",
-        ".qweight",
-        ".qzeros",
-        ".scales",
-    ),  # DeepSeek, bnb, AWQ
-)
-"""How the names end of tensors without which a quantized weight cannot be understood."""
-
-QUANTIZED = ("_quantization_metadata", "quantization_config")
-"""Keys of the metadata that say the same."""
+START = "start from the bfloat16 checkpoint"
 
 LARGEST = MappingProxyType(
     {
@@ -65,7 +52,7 @@ E4M3 = np.arange(256, dtype=np.uint8).view(NUMPY["F8_E4M3"]).astype(np.float32)
 class Kind:
     """What the weights of a file are, and a sentence about it."""
 
-    name: Literal["float", "fp8_plain", "scaled", "unsupported"]
+    name: Literal["float", "fp8_plain", "quantized", "scaled", "unsupported"]
     sentence: str
 
     @property
@@ -73,13 +60,21 @@ class Kind:
         """Each number is the weight's value, so that casts and LoRAs make sense."""
         return self.name in {"float", "fp8_plain"}
 
+    @property
+    def is_read(self) -> bool:
+        """Everything that reads a checkpoint here knows what its numbers mean."""
+        return self.means_itself or self.name == "quantized"
+
 
 def kind(header: Header) -> Kind:
-    """Recognise quantized files by their names and element types."""
-    scales = [name for name in header.tensors if name.endswith(SCALES)]
-    scales += [f"metadata {key}" for key in QUANTIZED if key in header.metadata]
-    if scales:
-        what = f"quantized weights with scales ({scales[0]}), which give the numbers their meaning"
+    """Recognise quantized files by their names and element types.
+
+    Raises:
+        CheckpointError: it says that `ltx-export quantize` wrote it, and is damaged.
+    """
+    if (own := _own(header)) is not None:
+        return own
+    if (what := foreign.sentence(header)) is not None:
         return Kind("scaled", what)
     for name, info in header.tensors.items():
         stored = len(info.shape) > 1 and info.dtype not in NUMPY
@@ -93,19 +88,49 @@ def kind(header: Header) -> Kind:
     return Kind("float", f"floating-point weights ({listed or 'none'})")
 
 
+def _own(header: Header) -> Kind | None:
+    """Of a file in the layout that `ltx-export quantize` writes, whoever wrote it."""
+    written = quantization.provenance(header)
+    try:
+        found = quantization.layers(header)
+    except CheckpointError:
+        if written is not None:
+            raise
+        return None
+    if written is None and not any(True for layer in found.values() for _ in layer.parts()):
+        return None  # plain casts, of whoever published them, or nothing
+    counts = Counter(layer.format for layer in found.values())
+    formats = ", ".join(f"{count:,} to {form}" for form, count in counts.most_common())
+    recipe = written.get("recipe") if written else None
+    name = recipe.get("name") if isinstance(recipe, dict) else None
+    origin = f"by the recipe {name}" if name else "by another program, in the layout of ltx-export"
+    return Kind("quantized", f"linear layers quantized {origin}: {formats}")
+
+
 def types(header: Header, precision: Precision | None) -> dict[str, str]:
-    """The element type of each tensor when all its numbers are brought to this precision.
+    """The element type of each tensor when all float numbers are brought to this precision; codes
+    and their scales stay.
 
     Raises:
-        UserError: the numbers of a quantized file mean nothing by themselves.
+        UserError: the numbers of a quantized file are not understood.
     """
     if precision is None:
         return {name: info.dtype for name, info in header.tensors.items()}
-    check_kind(header, f"cannot be converted to {precision}")
+    fixed = _codes(header)
+    check_read(header, f"cannot be converted to {precision}")
     return {
-        name: TYPES[precision] if info.dtype in NUMPY else info.dtype
+        name: TYPES[precision] if info.dtype in NUMPY and name not in fixed else info.dtype
         for name, info in header.tensors.items()
     }
+
+
+def _codes(header: Header) -> frozenset[str]:
+    """The tensors of quantized layers that stay as they are; none of published casts."""
+    if kind(header).name != "quantized":
+        return frozenset()
+    layers = quantization.layers(header).values()
+    scales = {name for layer in layers for name, _ in layer.parts()}
+    return frozenset(scales | {f"{layer.path}.weight" for layer in layers})
 
 
 def check_kind(header: Header, refusal: str) -> None:
@@ -114,9 +139,16 @@ def check_kind(header: Header, refusal: str) -> None:
         UserError: the numbers of a quantized file mean nothing by themselves.
     """
     if not (found := kind(header)).means_itself:
-        raise UserError(
-            f"{header.path} {refusal}: {found.sentence}; start from the bfloat16 checkpoint"
-        )
+        raise UserError(f"{header.path} {refusal}: {found.sentence}; {START}")
+
+
+def check_read(header: Header, refusal: str) -> None:
+    """
+    Raises:
+        UserError: the numbers of a quantized file are not understood.
+    """
+    if not (found := kind(header)).is_read:
+        raise UserError(f"{header.path} {refusal}: {found.sentence}; {START}")
 
 
 def element(dtype: str) -> np.dtype[Any]:

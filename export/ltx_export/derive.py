@@ -23,10 +23,11 @@ import numpy as np
 
 from ltx_engines.bundle import Precision
 from ltx_engines.errors import UserError
-from ltx_export import convert
+from ltx_export import convert, lora
 from ltx_export.convert import Numbers
 from ltx_export.lora import Adapter, Patch
 from ltx_export.lora_file import listed
+from ltx_ref import quantization
 from ltx_ref.checkpoint import BITS, Header, TensorInfo, read_header
 
 PROVENANCE = "ltx_trt.lora"
@@ -34,6 +35,9 @@ PROVENANCE = "ltx_trt.lora"
 
 PIECE = 1 << 22
 """Numbers in memory at once: 16 MiB in float32, and a few such arrays at a time."""
+
+Entry = tuple[str, tuple[int, ...]]
+"""Element type and shape."""
 
 T = TypeVar("T")
 
@@ -54,13 +58,14 @@ def planned(
 ) -> Header:
     """The header of the file that `write` will make; the given one if there is nothing to do.
 
-    Only tensors named in `keep` go into the new file, None keeps all; it may name others' too.
+    Only tensors named in `keep` go into the new file, and the scales of weights among them; None
+    keeps all; it may name others' too.
 
     Raises:
-        UserError: the file is quantized, or a LoRA changes nothing that is kept.
+        UserError: the file is not understood, or a LoRA changes nothing that is kept.
     """
     types = convert.types(header, precision)
-    tensors = {name: i for name, i in header.tensors.items() if keep is None or name in keep}
+    tensors = {n: i for n, i in header.tensors.items() if keep is None or _weight(n) in keep}
     changed = any(types[name] != info.dtype for name, info in tensors.items())
     if not adapters and not changed:
         return header
@@ -68,10 +73,17 @@ def planned(
         _check_fusible(header, {name: types[name] for name in tensors}, adapters)
     words = [header.path.stem, "lora" if adapters else None, precision if changed else None]
     path = header.path.with_name(".".join(word for word in words if word) + ".safetensors")
-    metadata = MappingProxyType({**header.metadata, **_provenance(header, adapters)})
-    bare = Header(path, MappingProxyType(_layout(tensors, types, 0)), metadata)
-    placed = _layout(tensors, types, len(head(bare)))
-    return Header(path, MappingProxyType(placed), metadata)
+    entries = {name: (types[name], info.shape) for name, info in in_order(tensors)}
+    metadata = {**_metadata(header, tensors), **_provenance(header, adapters)}
+    return laid_out(path, entries, metadata)
+
+
+def laid_out(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> Header:
+    """The header of a file of these tensors: wide types first, so that every number is aligned,
+    otherwise in their order."""
+    known = MappingProxyType(dict(metadata))
+    bare = Header(path, MappingProxyType(_layout(entries, 0)), known)
+    return Header(path, MappingProxyType(_layout(entries, len(head(bare)))), known)
 
 
 def write(
@@ -87,8 +99,8 @@ def write(
     total = size(target)
     partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
     digest = hashlib.sha256()
-    _check_unchanged(source)
-    _check_room(path, total)
+    check_unchanged(source)
+    check_room(path, total)
     try:
         with source.path.open("rb") as file, told(path), partial.open("xb") as out:
             for piece in _pieces(file, source, target, adapters):
@@ -130,7 +142,7 @@ def head(header: Header) -> bytes:
     metadata = dict(header.metadata)
     table: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     start = min((info.begin for info in header.tensors.values()), default=0)
-    for name, info in _in_order(header.tensors):
+    for name, info in in_order(header.tensors):
         offsets = [info.begin - start, info.end - start]
         table[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
     text = json.dumps(table, separators=(",", ":")).encode()
@@ -138,19 +150,33 @@ def head(header: Header) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _in_order(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, TensorInfo]]:
+def in_order(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, TensorInfo]]:
     """As the data lie in the file; of tensors without data, which share a place, as named."""
     return sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end))
 
 
-def _layout(
-    tensors: Mapping[str, TensorInfo], types: Mapping[str, str], start: int
-) -> dict[str, TensorInfo]:
-    """Wide types first, so that every number is aligned; otherwise in the old file's order."""
+def _weight(name: str) -> str:
+    """The weight that a scale belongs to; any other tensor itself."""
+    path, _, part = name.rpartition(".")
+    return f"{path}.weight" if part in quantization.PARTS else name
+
+
+def _metadata(header: Header, tensors: Collection[str]) -> dict[str, str]:
+    """The header's, with those quantized layers listed that are among the tensors."""
+    metadata = dict(header.metadata)
+    if (written := quantization.provenance(header)) is not None:
+        layers = {path: f for path, f in written["layers"].items() if f"{path}.weight" in tensors}
+        metadata[quantization.METADATA] = json.dumps({**written, "layers": layers})
+        if not layers:
+            del metadata[quantization.METADATA]
+    return metadata
+
+
+def _layout(entries: Mapping[str, Entry], start: int) -> dict[str, TensorInfo]:
     placed = {}
-    for name, info in sorted(_in_order(tensors), key=lambda item: -BITS[types[item[0]]]):
-        end = start + prod(info.shape) * BITS[types[name]] // 8
-        placed[name] = TensorInfo(types[name], info.shape, start, end)
+    for name, (dtype, shape) in sorted(entries.items(), key=lambda item: -BITS[item[1][0]]):
+        end = start + prod(shape) * BITS[dtype] // 8
+        placed[name] = TensorInfo(dtype, shape, start, end)
         start = end
     return placed
 
@@ -172,11 +198,8 @@ def _provenance(header: Header, adapters: Sequence[Adapter]) -> dict[str, str]:
 
 
 def _check_fusible(header: Header, types: Mapping[str, str], adapters: Sequence[Adapter]) -> None:
-    """A LoRA goes into float weights; what is to be quantized is quantized afterwards.
-
-    `types` are those of the tensors that are kept.
-    """
-    convert.check_kind(header, "takes no LoRA")
+    """`types` are those of the tensors that are kept."""
+    lora.check_fusible(header)
     for adapter in adapters:
         if not adapter.patches.keys() & types.keys():
             raise UserError(
@@ -184,20 +207,23 @@ def _check_fusible(header: Header, types: Mapping[str, str], adapters: Sequence[
                 f"{len(adapter.patches):,} weights that it changes ({listed(adapter.patches)}); "
                 "choose their stage too, or leave the LoRA out"
             )
-    for name in (name for adapter in adapters for name in adapter.patches):
-        if name in types and types[name] not in convert.FLOATS:
-            raise UserError(
-                f"{header.path}: {name} is {types[name]}, a LoRA is fused into float weights; "
-                "add --precision bfloat16, or start from the bfloat16 checkpoint"
-            )
+    lora.check_float(header, types, (name for adapter in adapters for name in adapter.patches))
 
 
-def _check_unchanged(source: Header) -> None:
+def check_unchanged(source: Header) -> None:
+    """
+    Raises:
+        UserError: the file is not what it was when its header was read.
+    """
     if read_header(source.path) != source:
         raise UserError(f"{source.path} has changed since it was looked at; start again")
 
 
-def _check_room(path: Path, needed: int) -> None:
+def check_room(path: Path, needed: int) -> None:
+    """
+    Raises:
+        UserError: the disk has fewer bytes than that left.
+    """
     if needed > (free := shutil.disk_usage(path.parent).free):
         raise UserError(f"{path} needs {needed:,} bytes, {path.parent} has {free:,} left")
 
@@ -206,7 +232,7 @@ def _pieces(
     file: BinaryIO, source: Header, target: Header, adapters: Sequence[Adapter]
 ) -> Iterator[memoryview]:
     yield memoryview(head(target))
-    for name, info in _in_order(target.tensors):
+    for name, info in in_order(target.tensors):
         patches = [patch for adapter in adapters for patch in adapter.patches.get(name, ())]
         what = f"{source.path}: {name}{' with its LoRA' if patches else ''}"
         for numbers in _numbers(file, source.tensors[name], patches):

@@ -118,8 +118,8 @@ def _illegal(stages: Sequence[StagePlan], target: Target) -> tuple[str, ...]:
 def _refusals(stage: StagePlan, target: Target) -> Iterator[str]:
     form = stage.number
     choices = PRECISIONS if stage.name == "transformer" else tuple(FLOATS)
-    if reason := target.refusal(form.stored, choices):
-        yield reason
+    if reasons := [r for r in (target.refusal(type_, choices) for type_ in form.types) if r]:
+        yield from reasons
     elif reason := target.refusal(form.base, tuple(FLOATS)):
         yield f"{form.stored} leaves other weights {form.base}, and {reason}"
 
@@ -203,8 +203,11 @@ def _seconds(stage: StagePlan, tiling: Tiling, target: Target) -> float:
 
 
 def _kernel_seconds(kernel: Kernel, costs: Costs, form: Number, target: Target) -> float:
-    small = any(is_small(name, costs.weights[name], form) for name in kernel.weights)
-    computed = form.computed if small else COMPUTED.get(kernel.dtype, form.base)
+    small = [name for name in kernel.weights if is_small(name, costs.weights[name], form)]
+    computed = COMPUTED.get(kernel.dtype, form.base)
+    if small:
+        coded = form.coded.get(small[0])
+        computed = form.computed if coded is None else coded.computed
     weights = sum(stored(name, costs.weights[name], form) for name in kernel.weights)
     arithmetic = kernel.flops / target.rate(computed)
     return max(arithmetic, (kernel.traffic + weights) / target.bandwidth)

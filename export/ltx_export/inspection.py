@@ -11,8 +11,8 @@ from math import prod
 from pathlib import Path
 from types import MappingProxyType
 
-from ltx_export import convert
-from ltx_ref import text
+from ltx_export import convert, foreign
+from ltx_ref import quantization, text
 from ltx_ref.checkpoint import CheckpointError, Header, TensorInfo, read_header
 from ltx_ref.ltx_video.config import TRANSFORMER_PREFIX, VAE_PREFIX, ModelConfig, read_config
 from ltx_ref.ltx_video.upsampler_config import read_upsampler_config
@@ -67,6 +67,7 @@ def _headers(path: Path) -> tuple[Header, ...]:
         return text.weight_headers(text.encoder_folder(path))
     if path.name.endswith(INDEX):
         return _shards(path)
+    foreign.check_gguf(path)
     return (read_header(path),)
 
 
@@ -99,7 +100,7 @@ def _file_lines(path: Path, headers: Sequence[Header]) -> Iterator[str]:
             yield f"  {header.path.name}: {len(header.tensors):,} tensors"
     metadata = _joined(path, headers).metadata
     for key, value in sorted(metadata.items()):
-        if key != "config":
+        if key not in {"config", quantization.METADATA}:
             yield f"  metadata {key}: {value[:80]}"
     kind = convert.kind(_joined(path, headers))
     yield f"  weights: {kind.name}, {kind.sentence}"
@@ -131,7 +132,13 @@ def _checkpoint_lines(header: Header, ignore: Collection[str]) -> Iterator[str]:
 
 def _summary(header: Header, prefix: str) -> str:
     tensors = [info for name, info in header.tensors.items() if name.startswith(prefix)]
-    return f"{len(tensors):,} tensors, parameters {_counted(tensors)}" if tensors else "none"
+    if not tensors:
+        return "none"
+    kind = convert.kind(header)
+    layers = quantization.layers(header) if kind.is_read else {}
+    counts = Counter(layer.format for path, layer in layers.items() if path.startswith(prefix))
+    formats = "".join(f", {n:,} linear layers in {form}" for form, n in counts.most_common())
+    return f"{len(tensors):,} tensors, parameters {_counted(tensors)}{formats}"
 
 
 def _counted(tensors: Sequence[TensorInfo]) -> str:

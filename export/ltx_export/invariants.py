@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ltx_engines.stages import Stage
+from ltx_export import onnxruntime_graph, quantized_graph
 from ltx_export.axes import DERIVED, EXAMPLE, Derived
 from ltx_export.element_types import ONNX_TYPES, OWN, element_type
 
@@ -15,6 +16,16 @@ INLINE_LIMIT = 32 * 1024
 
 RANK_LIMIT = 8
 """TensorRT's."""
+
+FOREIGN = frozenset(
+    {
+        (quantized_graph.TENSORRT, "TRT_FP4DynamicQuantize", False),
+        (onnxruntime_graph.DOMAIN, "MultiHeadAttention", True),
+        (onnxruntime_graph.DOMAIN, "QGemm", True),
+    }
+)
+"""Operators that are not ONNX's: domain, name, and whether they are for graphs that are written out
+for ONNX Runtime, or for the others."""
 
 RANDOM = frozenset(
     {"Bernoulli", "Dropout", "Multinomial"}
@@ -56,10 +67,12 @@ def _border_problems(model: ir.Model, stage: Stage, precision: str) -> Iterator[
 
 
 def _node_problems(model: ir.Model) -> Iterator[str]:
+    written_out = model.graph.opset_imports.get("", 0) <= quantized_graph.INT4_OPSET
     for node in model.graph:
         if node.op_type in RANDOM:
             yield f"{node.name} draws random numbers; noise is an input"
-        if node.domain or "Sequence" in node.op_type:
+        foreign = node.domain and (node.domain, node.op_type, written_out) not in FOREIGN
+        if foreign or "Sequence" in node.op_type:
             yield f"{node.name} is a {node.domain}:{node.op_type}, which TensorRT does not have"
         if node.metadata_props or node.doc_string:
             yield f"{node.name} carries metadata, which may hold local paths"

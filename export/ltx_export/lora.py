@@ -98,8 +98,9 @@ def read(wishes: Iterable[Wish], header: Header) -> tuple[Adapter, ...]:
 
     Raises:
         UserError, CheckpointError: a file is not a LoRA, not one for this checkpoint, or it
-            changes nothing.
+            changes nothing; or the checkpoint is quantized.
     """
+    _check_unquantized(header)
     several: dict[str, list[Wish]] = {}
     for wish in wishes:
         several.setdefault(os.path.realpath(wish.path), []).append(wish)
@@ -139,6 +140,38 @@ def lines(wish: Wish, header: Header | None = None) -> Generator[str, None, bool
     fits, verdict = _verdict(file, header, wish.strength)
     yield f"  {verdict}"
     return fits
+
+
+def check_fusible(header: Header) -> None:
+    """A LoRA goes into float weights; what is to be quantized is quantized afterwards.
+
+    Raises:
+        UserError: the checkpoint is quantized, other than by plain casts.
+    """
+    _check_unquantized(header)
+    convert.check_kind(header, "takes no LoRA")
+
+
+def _check_unquantized(header: Header) -> None:
+    if (found := convert.kind(header)).name == "quantized":
+        raise UserError(
+            f"{header.path} takes no LoRA: {found.sentence}; fuse it into the bfloat16 checkpoint "
+            "with ltx-export lora --out, and quantize that"
+        )
+
+
+def check_float(header: Header, types: Mapping[str, str], names: Iterable[str]) -> None:
+    """`types` are those that the tensors will have.
+
+    Raises:
+        UserError: one of the weights that are changed is cast to 8 bits.
+    """
+    for name in names:
+        if name in types and types[name] not in convert.FLOATS:
+            raise UserError(
+                f"{header.path}: {name} is {types[name]}, a LoRA is fused into float weights; "
+                "add --precision bfloat16, or start from the bfloat16 checkpoint"
+            )
 
 
 def _wish(word: str) -> Wish:
@@ -264,8 +297,10 @@ def _check_shape(file: LoraFile, header: Header, patch: Patch, name: str) -> Non
 
 def _verdict(file: LoraFile, header: Header, strength: float) -> tuple[bool, str]:
     try:
-        convert.check_kind(header, "takes no LoRA")
+        types = convert.types(header, None)
+        check_fusible(header)
         patches = _effective(file, header, strength)
+        check_float(header, types, patches)
     except UserError as error:
         return False, f"cannot be fused: {error}"
     count = f"{len(patches):,} of {len(header.tensors):,} tensors"

@@ -44,14 +44,19 @@ class Writer:
         self.model, self.origin, self.nodes = model, origin, list[ir.Node]()
 
     def __call__(
-        self, op_type: str, inputs: Sequence[ir.Value | None], **attributes: Any
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        dtype: ir.DataType | None = None,
+        domain: str = "",
+        **attributes: Any,
     ) -> ir.Value:
-        """The first input's type is the output's, but for a Cast."""
-        node = ir.node(op_type, inputs, attributes)
+        """The first input's type is the output's, but for a Cast, or if it is given."""
+        node = ir.node(op_type, inputs, attributes, domain=domain)
         node.name = f"{self.origin.name}/{op_type}_{len(self.nodes)}"
         value = node.outputs[0]
         first = None if inputs[0] is None else inputs[0].dtype
-        dtype = ir.DataType(attributes["to"]) if op_type == "Cast" else first
+        dtype = ir.DataType(attributes["to"]) if op_type == "Cast" else dtype or first
         if dtype is None:
             raise AssertionError(f"{node.name}: the element type is not known")
         value.name, value.dtype = f"{node.name}:0", dtype
@@ -122,8 +127,7 @@ def _group_normalization(write: Writer, node: ir.Node) -> ir.Value:
     if source is None or source.dtype is None or weight is None or weight.shape is None:
         raise AssertionError(f"{node.name}: the number of channels is not known")
     groups, channels = node.attributes["num_groups"].as_int(), weight.shape.numpy()[0]
-    shape = write("Shape", [source])
-    shape.dtype = ir.DataType.INT64
+    shape = write("Shape", [source], ir.DataType.INT64)
     grouped = write("Reshape", [source, write.constant([0, groups, -1], ir.DataType.INT64)])
     ones, zeros = (write.constant([number] * groups, source.dtype) for number in (1, 0))
     epsilon = node.attributes["epsilon"].as_float()

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from ltx_export import (
     invariants,
     lora,
     pipeline_defaults,
+    quantized_stage,
     sources,
     weight_cache,
     weights,
@@ -89,10 +90,15 @@ class Graph:
     model: ir.Model
     files: tuple[str, ...]
     """Where its weights are."""
+    quantization: bundle.QuantizationEntry | None = None
 
     @property
     def file(self) -> str:
         return f"{self.stage.name}.onnx"
+
+    @property
+    def opset(self) -> int:
+        return self.model.graph.opset_imports[""]
 
     def entry(self) -> StageEntry:
         return StageEntry(
@@ -100,7 +106,8 @@ class Graph:
             inputs=bundle.tensor_entries(self.stage.inputs, self.precision),
             outputs=bundle.tensor_entries(self.stage.outputs, self.precision),
             weights=self.files,
-            opset=self.model.graph.opset_imports[""],
+            opset=self.opset,
+            quantization=self.quantization,
         )
 
 
@@ -148,7 +155,7 @@ def check(order: Order) -> Checked:
     pipeline = pipeline_defaults.read(order.pipeline_config, found.config, order.stg_mode)
     graphs = Graphs(found.model(pipeline.stg_mode))
     sources.check_fit(found, chosen, graphs)
-    adapters = lora.read(lora.parse(order.loras), found.checkpoint)
+    adapters = lora.read(lora.parse(order.loras), found.checkpoint) if order.loras else ()
     if order.precision is not None or adapters:
         read = frozenset(name for stage in chosen for name in graphs.weights(stage))
         found = found.derived(Derived(order.precision, adapters, read))
@@ -168,13 +175,14 @@ def export(stage: str, checked: Checked) -> Graph:
     found, precision, opset = checked.found, checked.precisions[stage], checked.opset_of(stage)
     table, derived = checked.graphs.model.table(stage), checked.graphs.model.derived()
     model = checked.graphs.graph(stage, precision, opset)
-    files = weights.bind(model, found.weights(stage), precision)
+    quantized = quantized_stage.apply(model, stage, found, checked.graphs.weights(stage))
+    files = weights.bind(model, found.weights(stage))
     if lost := weights.missing(checked.graphs.weights(stage), model):
         raise AssertionError(f"{stage}: {lost[0]} is not a weight of the graph")
     model.producer_name, model.producer_version = "ltx-export", __version__
     model.ir_version = IR_VERSION
     invariants.check(model, table, precision, derived)
-    return Graph(table, precision, model, files)
+    return Graph(table, precision, model, files, quantized)
 
 
 def check_graph(proto: onnx.ModelProto) -> None:
@@ -367,7 +375,7 @@ def _manifest(order: Order, checked: Checked, graphs: list[Graph]) -> Manifest:
         scheduler=checked.pipeline.scheduler,
         allowed_inference_steps=config.allowed_inference_steps,
         defaults=checked.pipeline.defaults,
-        toolchain=toolchain(checked),
+        toolchain=toolchain(checked, graphs),
     )
 
 
@@ -393,9 +401,9 @@ def model_version(header: Header, generation: str) -> str:
     return f"{releases} (by the layout of its VAE)"
 
 
-def toolchain(checked: Checked) -> dict[str, str]:
+def toolchain(checked: Checked, graphs: Sequence[Graph]) -> dict[str, str]:
     """Whatever had a hand in the graphs."""
-    opsets = sorted({checked.opset_of(stage) for stage in checked.stages})
+    opsets = sorted({graph.opset for graph in graphs})
     shipped = all(map(checked.graphs.has_template, checked.stages))
     tracing = () if shipped else ("onnxscript", "torch", "transformers")
     found = {"ltx-export": __version__, "opset": ", ".join(map(str, opsets))}

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from types import MappingProxyType
 
@@ -13,6 +13,7 @@ from ltx_engines.shapes import VideoShape
 from ltx_engines.targets import PRECISIONS, Precision
 from ltx_ref.checkpoint import TensorInfo
 from ltx_ref.ltx_video.config import ModelConfig
+from ltx_ref.quantization import CALIBRATED, Format, Layer
 from ltx_ref.text import MAX_LENGTH
 
 FLOATS: Mapping[Precision, FloatType] = MappingProxyType(
@@ -22,7 +23,15 @@ OWN: Mapping[str, Precision] = MappingProxyType(
     {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "I8": "int8"}
 )
 """Element types of safetensors."""
+FLOATING = frozenset({"F32", "F16", "BF16"})
 
+STORED_AS: Mapping[Format, Precision] = MappingProxyType(
+    {
+        **{"fp8": "fp8", "fp8-cast": "fp8", "int8": "int8", "int8-wo": "int8"},
+        **{"int4-wo": "int4", "nvfp4": "nvfp4"},
+    }
+)
+NO_LAYERS: Mapping[str, Layer] = MappingProxyType({})
 
 MOST_BRANCHES = 3
 """The prompt's, and one each for CFG and STG."""
@@ -69,16 +78,35 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
+class Coded:
+    """A weight that is quantized in the file; `bytes` are with its scales."""
+
+    stored: Precision
+    computed: Precision
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Number:
-    """How the weights of a stage are stored, and in what its products are computed."""
+    """How the weights of a stage are stored, and in what its products are computed.
+
+    `coded` are the weights that are quantized in the file already, by name; the other members
+    say what most of them are.
+    """
 
     stored: Precision
     computed: Precision
     base: Precision
+    coded: Mapping[str, Coded] = field(default_factory=dict)
 
     @property
     def quantized(self) -> bool:
         return self.stored not in FLOATS
+
+    @property
+    def types(self) -> tuple[Precision, ...]:
+        """All in which weights are stored beside `base`, each once."""
+        return tuple(dict.fromkeys((self.stored, *(c.stored for c in self.coded.values()))))
 
 
 def precision(word: str) -> Precision:
@@ -114,13 +142,26 @@ def _shape(word: str) -> VideoShape:
     return VideoShape(frames, height, width)
 
 
-def number(stage: str, question: Question, tensors: Mapping[str, TensorInfo]) -> Number:
-    """What the question makes of a stage's weights.
+def number(
+    stage: str,
+    question: Question,
+    tensors: Mapping[str, TensorInfo],
+    layers: Mapping[str, Layer] = NO_LAYERS,
+) -> Number:
+    """What the question makes of a stage's weights; `layers` are quantized in the file, by the
+    names of their weights.
 
     Raises:
-        UserError: its precision is unknown, or not one for this stage.
+        UserError: its precision is unknown, or not one for this stage or this file.
     """
     word = question.precision if stage == "transformer" else question.rest
+    if layers and word is None:
+        return _as_filed(tensors, layers)
+    if own := {layer.format for layer in layers.values()} - {"fp8-cast"}:
+        raise UserError(
+            f"the {stage} is quantized already ({', '.join(sorted(own))}); leave out --precision, "
+            "or plan the bfloat16 checkpoint"
+        )
     stored = own_precision(stage, tensors) if word is None else precision(word)
     if stage != "transformer" and stored not in FLOATS:
         known = ", ".join(FLOATS)
@@ -129,6 +170,25 @@ def number(stage: str, question: Question, tensors: Mapping[str, TensorInfo]) ->
     # Small weights without scales of activations are made large again before they are multiplied.
     alone = word is None or stored == "int4"
     return Number(stored, base if alone else stored, base)
+
+
+def _as_filed(tensors: Mapping[str, TensorInfo], layers: Mapping[str, Layer]) -> Number:
+    floats = {name: info for name, info in tensors.items() if info.dtype in FLOATING}
+    base = own_precision("", floats) if floats else "bf16"
+    coded = {name: _coded(layer, base) for name, layer in layers.items()}
+    sizes: dict[Coded, int] = {}
+    for name, found in coded.items():
+        kind = replace(found, bytes=0)
+        sizes[kind] = sizes.get(kind, 0) + prod(layers[name].shape)
+    most = max(sizes, key=lambda kind: sizes[kind])
+    return Number(most.stored, most.computed, base, coded)
+
+
+def _coded(layer: Layer, base: Precision) -> Coded:
+    stored = STORED_AS[layer.format]
+    parts = (layer.weight, *(info for _, info in layer.parts()))
+    size = sum(info.end - info.begin for info in parts)
+    return Coded(stored, stored if layer.format in CALIBRATED else base, size)
 
 
 def own_precision(stage: str, tensors: Mapping[str, TensorInfo]) -> Precision:
@@ -142,9 +202,14 @@ def own_precision(stage: str, tensors: Mapping[str, TensorInfo]) -> Precision:
     return OWN[most]
 
 
-def float_type(stage: str, question: Question, tensors: Mapping[str, TensorInfo]) -> FloatType:
+def float_type(
+    stage: str,
+    question: Question,
+    tensors: Mapping[str, TensorInfo],
+    layers: Mapping[str, Layer] = NO_LAYERS,
+) -> FloatType:
     """The element type that a stage's graph must have for this question."""
-    return FLOATS[number(stage, question, tensors).base]
+    return FLOATS[number(stage, question, tensors, layers).base]
 
 
 def usual(config: ModelConfig) -> tuple[int, int]:

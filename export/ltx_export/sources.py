@@ -12,12 +12,12 @@ from types import MappingProxyType
 
 from ltx_engines.bundle import Precision, StgMode
 from ltx_engines.errors import UserError
-from ltx_export import convert, derive
+from ltx_export import convert, derive, foreign
 from ltx_export.graphs import Graphs, Model
 from ltx_export.lora import Adapter
 from ltx_export.weight_cache import Derivation
 from ltx_export.weights import PLAIN, Weight, weights_of
-from ltx_ref import text
+from ltx_ref import quantization, text
 from ltx_ref.checkpoint import Header, difference, read_header
 from ltx_ref.ltx_video.config import (
     TRANSFORMER_PREFIX,
@@ -188,6 +188,7 @@ def _checkpoint(path: Path) -> Header:
         raise UserError(
             f"{path} is an index of shards; LTX-Video's checkpoints are one file, take the original"
         )
+    foreign.check_gguf(path)
     header = read_header(path)
     if UPSAMPLER_TENSOR in header.tensors:
         raise UserError(f"{path} is a latent upscaler; give it with --upsampler")
@@ -228,7 +229,9 @@ def _check_checkpoint(header: Header, stages: Sequence[str], graphs: Graphs) -> 
             )
         wanted |= graphs.weights(stage)
     others = tuple(prefix for stage, prefix in PREFIXES.items() if stage not in stages)
-    shapes = {name: s for name, s in header.shapes().items() if not name.startswith(others)}
+    convert.check_read(header, "cannot be exported")
+    found = quantization.shapes(header)
+    shapes = {name: s for name, s in found.items() if not name.startswith(others)}
     statistics = {name for name in shapes if _is_statistic(name)}
     _compare(header.path, shapes, wanted, {*UNUSED, *statistics})
 
@@ -259,20 +262,21 @@ def tokenizer(files: TextFiles, max_length: int) -> text.PromptTokenizer:
 
 
 def precision(found: Sources, stage: str, names: Iterable[str]) -> Precision:
-    """The one element type of these weights; 8-bit ones are widened to it by the graph.
+    """The one element type of these weights; quantized ones become it in the graph.
 
     Raises:
         UserError: there are several, or it is one in which nothing can be computed.
     """
     weights = found.weights(stage)
+    coded: set[str] = set()
     for header in found.headers(stage):
-        convert.check_kind(header, "cannot be exported")
+        convert.check_read(header, "cannot be exported")
+        coded |= {f"{path}.weight" for path in quantization.layers(header)}
     by_type: dict[str, list[str]] = {}
     for name in names:
         by_type.setdefault(weights[name].info.dtype, []).append(name)
-    counts = Counter(
-        {dtype: len(members) for dtype, members in by_type.items() if dtype not in PLAIN}
-    )
+    floats = {d: [name for name in by_type[d] if name not in coded] for d in by_type}
+    counts = Counter({d: len(floats[d]) for d in by_type if floats[d] and d not in PLAIN})
     if not counts:
         raise UserError(
             f"the weights of the {stage} are {', '.join(by_type)}, wanted "
@@ -280,7 +284,7 @@ def precision(found: Sources, stage: str, names: Iterable[str]) -> Precision:
         )
     (most, _), *fewer = counts.most_common()
     if fewer:
-        odd = by_type[fewer[-1][0]][0]
+        odd = floats[fewer[-1][0]][0]
         listed = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
         raise UserError(
             f"the weights of the {stage} are of several element types ({listed}; {odd} is "

@@ -18,7 +18,9 @@ from ltx_export.graph_costs import Costs, cost
 from ltx_export.graphs import OPSETS, Graphs
 from ltx_export.plan_question import OWN, Number, Question, float_type, number
 from ltx_export.sources import PREFIXES, Sources, check_fit
+from ltx_ref import quantization
 from ltx_ref.checkpoint import TensorInfo
+from ltx_ref.quantization import Layer
 
 # TensorRT-RTX 1.7.1 for SM89 on 2 CPU cores, 2026-11, benchmarks/plan.py.
 KERNEL_BYTES = 40_000
@@ -54,12 +56,14 @@ Grid = tuple[int, int, int]
 class Part:
     """A stage's graph, in the type that `float_type` gives, and its weights' entries in the files.
 
-    `derived` are the axes that follow from others.
+    `derived` are the axes that follow from others; `layers` are quantized in the files, by the
+    names of their weights.
     """
 
     model: ir.Model
     tensors: Mapping[str, TensorInfo]
     derived: Mapping[str, Derived] = field(default_factory=lambda: DERIVED)
+    layers: Mapping[str, Layer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +139,17 @@ def parts(found: Sources, question: Question, stages: Iterable[str]) -> dict[str
     for stage in chosen:
         weights = found.weights(stage)
         tensors = {name: weights[name].info for name in graphs.weights(stage)}
-        graph = graphs.graph(stage, float_type(stage, question, tensors), max(OPSETS))
-        made[stage] = Part(graph, tensors, model.derived())
+        layers = _layers(found, stage, tensors)
+        graph = graphs.graph(stage, float_type(stage, question, tensors, layers), max(OPSETS))
+        made[stage] = Part(graph, tensors, model.derived(), layers)
     return made
+
+
+def _layers(found: Sources, stage: str, tensors: Mapping[str, TensorInfo]) -> dict[str, Layer]:
+    """Those whose weights the stage reads, by the weights' names."""
+    known = {path: i for h in found.headers(stage) for path, i in quantization.layers(h).items()}
+    named = {f"{path}.weight": layer for path, layer in known.items()}
+    return {name: layer for name, layer in named.items() if name in tensors}
 
 
 @dataclass(slots=True)
@@ -174,11 +186,12 @@ class Workshop:
 
 def stage_plan(name: str, workshop: Workshop) -> StagePlan:
     part, costs = workshop.parts[name], workshop.costs(name, workshop.shape.latent)
-    form = number(name, workshop.question, part.tensors)
+    form = number(name, workshop.question, part.tensors, part.layers)
     missing = sorted(costs.weights.keys() - part.tensors.keys())
     if missing:
         raise AssertionError(f"{name}: weights of the graph are in no file: {missing[:3]}")
     files = [part.tensors[weight] for weight in costs.weights]
+    files += [info for w in costs.weights if w in part.layers for _, info in part.layers[w].parts()]
     sizes = {weight: stored(weight, array, form) for weight, array in costs.weights.items()}
     weights = sum(sizes.values())
     return StagePlan(
@@ -195,17 +208,23 @@ def stage_plan(name: str, workshop: Workshop) -> StagePlan:
 
 def stored(weight: str, array: Array, form: Number) -> int:
     """Bytes of a weight in the engine. Tables and vectors keep the graph's type."""
+    if weight in form.coded:
+        return form.coded[weight].bytes
     small = is_small(weight, array, form)
     return ceil(array.elements * STORED[form.stored]) if small else array.bytes
 
 
 def is_small(weight: str, array: Array, form: Number) -> bool:
+    if form.coded:
+        return weight in form.coded
     return form.quantized and len(array.shape) == 2 and bool(QUANTIZED.search(weight))
 
 
 def _is_converted(part: Part, costs: Costs, form: Number) -> bool:
     """Whether a weight is stored in another type than its file has."""
     for name, array in costs.weights.items():
+        if name in form.coded:
+            continue
         wanted = form.stored if is_small(name, array, form) else form.base
         if OWN.get(part.tensors[name].dtype) != wanted:
             return True

@@ -5,21 +5,24 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from types import MappingProxyType
 
-import numpy as np
 import onnx_ir as ir
 
-from ltx_engines.bundle import Precision
-from ltx_export.element_types import ONNX_TYPES
 from ltx_ref.checkpoint import Header, TensorInfo
 
-TYPES = MappingProxyType(
-    {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+STORED: Mapping[str, tuple[ir.DataType, ...]] = MappingProxyType(
+    {
+        "F32": (ir.DataType.FLOAT,),
+        "F16": (ir.DataType.FLOAT16,),
+        "BF16": (ir.DataType.BFLOAT16,),
+        "F8_E4M3": (ir.DataType.FLOAT8E4M3FN,),
+        "I8": (ir.DataType.INT8,),
+        "U8": (ir.DataType.INT4, ir.DataType.FLOAT4E2M1),
+    }
 )
-PLAIN = MappingProxyType({"F8_E4M3": ir.DataType.FLOAT8E4M3FN})
-"""8-bit types whose numbers are the weights' values; the graph widens them where they are used."""
+"""What the bytes of a safetensors file may be in a graph; a U8 is two numbers of four bits."""
 
-ONE = "one"
-"""The scale of weights that have none."""
+PLAIN = frozenset({"F8_E4M3"})
+"""8-bit types whose numbers are the weights' values; the graph widens them where they are used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ def location(file: str) -> str:
     return path.name if path.is_absolute() else file
 
 
-def bind(model: ir.Model, weights: Weights, precision: Precision) -> tuple[str, ...]:
+def bind(model: ir.Model, weights: Weights) -> tuple[str, ...]:
     """Point every initializer without a value into the file that has a tensor of its name.
 
     Returns the files that are needed.
@@ -67,52 +70,32 @@ def bind(model: ir.Model, weights: Weights, precision: Precision) -> tuple[str, 
         if name not in weights:
             raise AssertionError(f"{name} is a weight of the graph and not of the checkpoint")
         weight = weights[name]
-        if weight.info.dtype in PLAIN:
-            _widen(model, value, precision, PLAIN[weight.info.dtype])
         value.const_value = _external(value, weight)
         files.add(weight.file)
     return tuple(sorted(files))
 
 
 def _external(value: ir.Value, weight: Weight) -> ir.ExternalTensor:
-    shape, dtype = list(value.shape or ()), (TYPES | PLAIN).get(weight.info.dtype)
-    if shape != list(weight.info.shape) or value.dtype != dtype or dtype is None:
+    shape, dtype, info = list(value.shape or ()), value.dtype, weight.info
+    if dtype is None or dtype not in STORED.get(info.dtype, ()) or shape != _numbers(info):
         raise AssertionError(
-            f"{value.name} was traced as {value.dtype} {shape}, "
-            f"{weight.file} has {weight.info.dtype} {list(weight.info.shape)}"
+            f"{value.name} was traced as {dtype} {shape}, "
+            f"{weight.file} has {info.dtype} {list(info.shape)}"
         )
     return ir.ExternalTensor(
         location=location(weight.file),
-        offset=weight.info.begin,
-        length=weight.info.end - weight.info.begin,
+        offset=info.begin,
+        length=info.end - info.begin,
         dtype=dtype,
-        shape=ir.Shape(weight.info.shape),
+        shape=ir.Shape(shape),
         name=str(value.name),
     )
 
 
-def _widen(model: ir.Model, value: ir.Value, precision: Precision, stored: ir.DataType) -> None:
-    """Dequantize an 8-bit weight, in the graph, to the type of the stage."""
-    node = ir.node("DequantizeLinear", [value, _one(model, precision)])
-    node.name = f"{str(value.name).rpartition('.')[0]}/DequantizeLinear"
-    wide = node.outputs[0]
-    wide.name, wide.type, wide.shape = f"{node.name}:0", value.type, value.shape
-    for use in tuple(value.uses()):
-        if use.node is not node:
-            use.node.replace_input_with(use.idx, wide)
-    value.type = ir.TensorType(stored)  # a new one: stamped weights share theirs
-    model.graph.insert_before(model.graph[0], node)
-
-
-def _one(model: ir.Model, precision: Precision) -> ir.Value:
-    known = model.graph.initializers
-    if ONE not in known:
-        dtype = ONNX_TYPES[precision]
-        tensor = ir.Tensor(np.ones((), dtype.numpy()), dtype=dtype, name=ONE)
-        known[ONE] = ir.Value(
-            name=ONE, type=ir.TensorType(dtype), shape=ir.Shape([]), const_value=tensor
-        )
-    return known[ONE]
+def _numbers(info: TensorInfo) -> list[int]:
+    """The shape in numbers: of four bits, two are in a byte."""
+    shape = list(info.shape)
+    return [*shape[:-1], 2 * shape[-1]] if info.dtype == "U8" and shape else shape
 
 
 def names(model: ir.Model) -> set[str]:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -48,6 +49,12 @@ Sheet = Annotated[Path | None, typer.Option(help="Also an overview of the frames
 Threads = Annotated[int | None, typer.Option(min=1, help="Of one operator, on the CPU.")]
 
 
+class Form(StrEnum):
+    mp4 = "mp4"
+    gif = "gif"
+    png = "png"
+
+
 @app.command()
 def run(  # noqa: PLR0913 - options of a command
     prompt: Annotated[str, typer.Option(help="What the clip shows.")],
@@ -72,10 +79,7 @@ def run(  # noqa: PLR0913 - options of a command
     json: Json = False,
 ) -> None:
     """Make a clip from a prompt. What is not said is the pipeline config's or the bundle's."""
-    if bundle == SHIPPED and not SHIPPED.is_dir():
-        raise UserError(
-            f"the bundle that ships with ltx-trt is missing ({SHIPPED}); name one with --bundle"
-        )
+    _check_shipped(bundle)
     from ltx_trt.job import Job, execute
     from ltx_trt.request import Wishes
 
@@ -100,6 +104,48 @@ def run(  # noqa: PLR0913 - options of a command
 
 
 @app.command()
+def batch(  # noqa: PLR0913 - options of a command
+    prompts: Annotated[Path, typer.Option(help="A text file, one prompt on each line.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder: 0000, 0001, ...")],
+    bundle: Annotated[Path, typer.Option(help="The exported model.")] = SHIPPED,
+    form: Annotated[
+        Form, typer.Option("--format", help="png: a folder of lossless frames for each clip.")
+    ] = Form.mp4,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the first clip; each next one has the next.")
+    ] = SEED,
+    num_inference_steps: Count = None,
+    width: Pixels = None,
+    height: Pixels = None,
+    num_frames: Frames = None,
+    pipeline_config: Config = None,
+    threads: Threads = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="One line of JSON on stdout for each clip.")
+    ] = False,
+) -> None:
+    """Make a clip of each prompt in a file. What is not said is as in `run`."""
+    _check_shipped(bundle)
+    from ltx_engines.prompts import read
+    from ltx_trt.batch import Batch, execute
+    from ltx_trt.request import Wishes
+
+    wishes = tuple(
+        Wishes(
+            prompt=prompt,
+            seed=seed + number,
+            num_inference_steps=num_inference_steps,
+            width=width,
+            height=height,
+            num_frames=num_frames,
+        )
+        for number, prompt in enumerate(read(prompts))
+    )
+    for report in execute(Batch(wishes, bundle, output, form.value, pipeline_config, threads)):
+        print(report.as_json() if json else report.as_text(), flush=True)
+
+
+@app.command()
 def info(
     bundle: Annotated[Path, typer.Argument(help="The exported model.")] = SHIPPED,
     json: Json = False,
@@ -116,6 +162,13 @@ def info(
     from ltx_trt.overview import show
 
     show(found, Console(soft_wrap=True))
+
+
+def _check_shipped(bundle: Path) -> None:
+    if bundle == SHIPPED and not SHIPPED.is_dir():
+        raise UserError(
+            f"the bundle that ships with ltx-trt is missing ({SHIPPED}); name one with --bundle"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

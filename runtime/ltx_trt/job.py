@@ -46,6 +46,31 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Clip:
+    """What to make, and where it goes: both checked."""
+
+    request: Request
+    output: media.Output
+    contact_sheet: Path | None = None
+
+
+class Voice:
+    """Notes go to stderr, each of them once however many clips it is true of."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self._said: set[str] = set()
+
+    def say(self, *notes: str) -> None:
+        for note in notes:
+            if note not in self._said:
+                self._said.add(note)
+                self.console.print(
+                    f"ltx-trt: {note}", markup=False, highlight=False, soft_wrap=True
+                )
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """`sha256` is of the frames' bytes, before any encoding."""
 
@@ -75,21 +100,25 @@ def execute(job: Job) -> Report:
     bundle = open_bundle(job.bundle)
     request, notes = resolve(job.wishes, bundle, config)
     output = _check_outputs(job, request)
-    console = Console(stderr=True)
-    for note in notes:
-        _say(console, note)
-    events = _follow(request, bundle, job.threads, console)
+    voice = Voice()
+    voice.say(*notes)
+    return make(Clip(request, output, job.contact_sheet), bundle, voice, threads=job.threads)
+
+
+def make(clip: Clip, bundle: Bundle, voice: Voice, *, threads: int | None = None) -> Report:
+    request = clip.request
+    events = _follow(request, bundle, threads, voice)
     planned = next(event for event in events if isinstance(event, Planned))
     frames = next(event for event in events if isinstance(event, Decoded)).frames
     seconds = _seconds(events)
     started = perf_counter()
-    media.write(output, frames, request.frame_rate)
-    if job.contact_sheet is not None:
-        media.write_image(job.contact_sheet, media.contact_sheet([frames]))
+    media.write(clip.output, frames, request.frame_rate)
+    if clip.contact_sheet is not None:
+        media.write_image(clip.contact_sheet, media.contact_sheet([frames]))
     seconds["write"] = perf_counter() - started
     count, height, width, _ = frames.shape
     return Report(
-        output=str(job.output),
+        output=str(clip.output.path),
         seed=request.seed,
         frames=count,
         height=height,
@@ -114,7 +143,7 @@ def _check_outputs(job: Job, request: Request) -> media.Output:
     return media.check(job.output, **size)
 
 
-def _follow(request: Request, bundle: Bundle, threads: int | None, console: Console) -> list[Event]:
+def _follow(request: Request, bundle: Bundle, threads: int | None, voice: Voice) -> list[Event]:
     """All events, shown while they come."""
     columns = (
         TextColumn("{task.description}"),
@@ -126,7 +155,7 @@ def _follow(request: Request, bundle: Bundle, threads: int | None, console: Cons
     opener = partial(OnnxRuntimeSession.open, bundle, threads=threads)
     with (
         Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal
+            *columns, console=voice.console, transient=True, disable=not voice.console.is_terminal
         ) as progress,
         closing(generate(request, bundle, opener)) as events,
     ):
@@ -134,6 +163,8 @@ def _follow(request: Request, bundle: Bundle, threads: int | None, console: Cons
         for event in events:
             heard.append(event)
             _show(progress, task, event)
+            if isinstance(event, Planned | PromptEncoded):
+                voice.say(*event.notes)
     return heard
 
 
@@ -144,13 +175,6 @@ def _show(progress: Progress, task: TaskID, event: Event) -> None:
         progress.update(task, description=event.stage)
     elif isinstance(event, StepDone):
         progress.update(task, completed=event.index)
-    if isinstance(event, Planned | PromptEncoded):
-        for note in event.notes:
-            _say(progress.console, note)
-
-
-def _say(console: Console, note: str) -> None:
-    console.print(f"ltx-trt: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _seconds(events: list[Event]) -> dict[str, float]:

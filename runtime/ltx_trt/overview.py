@@ -39,9 +39,14 @@ def _stages(bundle: Bundle) -> Table:
 
 def _graph(bundle: Bundle, stage: StageEntry) -> str:
     files = bundle.manifest.files
-    return "\n".join(
-        (f"{stage.file} ({_mib(files[stage.file].bytes)})", *(f"  {w}" for w in stage.weights))
-    )
+    first = f"{stage.file} ({_mib(files[stage.file].bytes)})"
+    return "\n".join((first, *(f"  {w}" for w in stage.weights), *_quantization(stage)))
+
+
+def _quantization(stage: StageEntry) -> Iterator[str]:
+    if (entry := stage.quantization) is not None:
+        counts = ", ".join(f"{count} layers {form}" for form, count in entry.layers.items())
+        yield f"  {counts} (recipe {entry.recipe})" if entry.recipe else f"  {counts}"
 
 
 def _tensors(tensors: tuple[TensorEntry, ...]) -> str:

@@ -1,5 +1,6 @@
 """What a header says about the numbers, and casts that are those of torch, bit by bit."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from ltx_engines.errors import UserError
-from ltx_export import convert
-from ltx_ref.checkpoint import Header, read_header
+from ltx_export import convert, sources
+from ltx_ref import quantization
+from ltx_ref.checkpoint import CheckpointError, Header, read_header
 from ltx_ref.ltx_video import model
 from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
 from tests.export.checkpoints import config, write_checkpoint
@@ -135,6 +137,83 @@ def test_a_file_with_scales_is_refused_by_name(tmp_path: Path, scale: str) -> No
 def test_metadata_that_tell_of_quantization_count_too(tmp_path: Path) -> None:
     found = header(tmp_path, {}, {"_quantization_metadata": "{}"})
     assert convert.kind(found).name == "scaled"
+
+
+FOREIGN: dict[str, dict[str, torch.Tensor]] = {
+    "TurboDiffusion's int8: blocks of 128 x 128": {
+        "x.int8_weight": torch.ones(256, 256).to(torch.int8),
+        "x.scale": torch.ones(2, 2),
+    },
+    "ComfyUI's scaled fp8": {
+        "x.weight": torch.ones(2, 2).to(torch.float8_e4m3fn),
+        "x.scale_weight": torch.ones(()),
+    },
+    "scaled fp8 as of LTX-2": {
+        "x.weight": torch.ones(2, 2).to(torch.float8_e4m3fn),
+        "x.weight_scale": torch.ones(()),
+        "x.input_scale": torch.ones(()),
+    },
+    "q8_kernels' int8: weights rotated": {
+        "x.weight": torch.ones(2, 2).to(torch.int8),
+        "x.scales": torch.ones(2),
+    },
+    "bitsandbytes' codes": {
+        "x.weight": torch.ones(8, 1).to(torch.uint8),
+        "x.weight.absmax": torch.ones(1),
+        "x.weight.quant_map": torch.ones(16),
+    },
+    "GPTQ's or AWQ's codes": {
+        "x.qweight": torch.ones(2, 2).to(torch.int32),
+        "x.scales": torch.ones(2, 2),
+    },
+    "DeepSeek's fp8: blocks of 128": {
+        "x.weight": torch.ones(2, 2).to(torch.float8_e4m3fn),
+        "x.weight_scale_inv": torch.ones(1, 1),
+    },
+}
+
+
+@pytest.mark.parametrize("what", sorted(FOREIGN))
+def test_quantized_files_of_others_are_explained_and_refused(tmp_path: Path, what: str) -> None:
+    found = header(tmp_path, FOREIGN[what])
+    assert convert.kind(found).name == "scaled"
+    assert what in convert.kind(found).sentence
+    assert not convert.kind(found).is_read
+    with pytest.raises(UserError, match=r"cannot be read: .*; start from the bfloat16"):
+        convert.check_read(found, "cannot be read")
+
+
+def test_a_file_of_llama_cpp_is_known_by_its_first_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(UserError, match=r"a\.safetensors is a GGUF file, .*take the original"):
+        sources.read(tmp_path / "a.safetensors")
+
+
+def quantized(folder: Path, **codes: torch.Tensor) -> Header:
+    eight = torch.ones(2, 2).to(torch.float8_e4m3fn)
+    scales = {"x.weight_scale": torch.ones(2), "x.input_scale": torch.ones(())}
+    return header(folder, {"x.weight": eight, **scales, **codes})
+
+
+def test_codes_in_our_layout_are_read_whoever_wrote_them(tmp_path: Path) -> None:
+    found = convert.kind(quantized(tmp_path))
+    assert (found.name, found.is_read, found.means_itself) == ("quantized", True, False)
+    assert found.sentence.endswith("by another program, in the layout of ltx-export: 1 to fp8")
+
+
+def test_a_precision_is_for_the_floats_and_not_for_codes_and_scales(tmp_path: Path) -> None:
+    found = convert.types(quantized(tmp_path, h=torch.ones(2)), "float16")
+    assert found == {
+        **{BLOCK: "F16", "h": "F16", "x.weight": "F8_E4M3"},
+        **{"x.weight_scale": "F32", "x.input_scale": "F32"},
+    }
+
+
+def test_a_file_that_lost_a_layer_of_its_recipe_is_no_kind_at_all(tmp_path: Path) -> None:
+    told = json.dumps({"recipe": {"name": "fp8"}, "layers": {"x": "fp8", "y": "fp8"}})
+    found = header(tmp_path, {"x.weight": torch.ones(2, 2)}, {quantization.METADATA: told})
+    with pytest.raises(CheckpointError, match="x is not quantized, its recipe says fp8"):
+        convert.kind(found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.int8, torch.uint8])

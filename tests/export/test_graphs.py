@@ -90,7 +90,7 @@ def test_every_graph_keeps_every_promise(stage: str, model: Model) -> None:
         dtype = types[ONNX_TYPES[precision]]
         shapes = Graphs(model).weights(stage)
         given = {n: Weight("a", TensorInfo(dtype, shape, 0, 0)) for n, shape in shapes.items()}
-        weights.bind(made, given, precision)
+        weights.bind(made, given)
         assert not weights.missing(shapes, made)
         invariants.check(made, model.table(stage), precision, model.derived())
 

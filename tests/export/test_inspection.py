@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import ltx_trt
-from ltx_export import inspection
+from ltx_engines.errors import UserError
+from ltx_export import inspection, quantize, recipes
 from ltx_ref.checkpoint import BITS, CheckpointError, read_header
 
 TINY = Path(ltx_trt.__file__).parent / "ltx_tiny"
@@ -133,6 +134,25 @@ def test_a_text_encoder_is_known_by_its_index_and_by_each_of_its_files(tmp_path:
     (tmp_path / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json"):
         report(index)
+
+
+def test_a_quantized_file_says_its_recipe_and_what_each_stage_has_of_it(tmp_path: Path) -> None:
+    header = read_header(CHECKPOINT)
+    for _ in quantize.write(quantize.plan(header, recipes.load("int8-wo")), tmp_path / "q"):
+        pass
+    text = report(tmp_path / "q")
+    assert "weights: quantized, linear layers quantized by the recipe int8-wo: 60 to int8" in text
+    [transformer] = [line for line in text.splitlines() if "linear layers in" in line]
+    assert transformer.startswith("  transformer: ")
+    assert transformer.endswith(" I8, 60 linear layers in int8-wo")
+    assert "metadata ltx_trt" not in text
+    assert "family: ltx_video" in text
+
+
+def test_a_file_of_llama_cpp_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(UserError, match=r"a\.gguf is a GGUF file"):
+        report(tmp_path / "a.gguf")
 
 
 def test_an_upscaler_is_known_by_its_index(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """LoRAs of every style change the weights as the trained adapter would; all others are refused."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ltx_engines.errors import UserError
-from ltx_export import cli, derive, lora, lora_file
+from ltx_export import cli, derive, lora, lora_file, quantize, recipes
 from ltx_export.lora import Wish
 from ltx_ref.checkpoint import CheckpointError, Header, read_header
 from ltx_ref.ltx_video import model
@@ -579,6 +580,36 @@ def test_a_lora_is_fused_before_quantization_and_not_after(
     down, up = factors[ATTENTION]
     wanted = (tensors[WEIGHT].float() + up @ down).bfloat16()
     torch.testing.assert_close(load_file(tmp_path / "out")[WEIGHT], wanted)
+
+
+def test_a_lora_does_not_fit_a_weight_that_was_cast_to_8_bits(
+    factors: Factors, tmp_path: Path
+) -> None:
+    path = write_checkpoint(tmp_path / "fp8.safetensors", config("0.9.5"), dtype=torch.bfloat16)
+    tensors = load_file(path)
+    save_file(tensors | {WEIGHT: tensors[WEIGHT].to(torch.float8_e4m3fn)}, path)
+    wish = Wish(loras.write(tmp_path / "a", loras.tensors(factors)))
+    *_, verdict = lora.lines(wish, read_header(path))
+    assert "cannot be fused" in verdict
+    assert "to_q.weight is F8_E4M3" in verdict
+
+
+def test_a_quantized_checkpoint_takes_no_lora_and_says_what_to_do_instead(
+    factors: Factors, tmp_path: Path
+) -> None:
+    path = write_checkpoint(tmp_path / "bf16.safetensors", config("0.9.5"), dtype=torch.bfloat16)
+    out = tmp_path / "int8.safetensors"
+    plan = quantize.plan(read_header(path), recipes.load("int8-wo"))
+    for _ in quantize.write(plan, out):
+        pass
+    wish = Wish(loras.write(tmp_path / "a", loras.tensors(factors)))
+    advice = (
+        r"takes no LoRA: .* 20 to int8-wo; fuse it into the bfloat16 checkpoint with ltx-export"
+    )
+    with pytest.raises(UserError, match=advice):
+        lora.read([wish], read_header(out))
+    *_, verdict = lora.lines(wish, read_header(out))
+    assert re.search(advice, verdict)
 
 
 def test_scaled_weights_take_no_lora(factors: Factors, tmp_path: Path) -> None:

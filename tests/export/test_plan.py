@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -20,7 +21,8 @@ from rich.console import Console
 import ltx_trt
 from ltx_engines import targets
 from ltx_engines.errors import UserError
-from ltx_export import fitting, plan_report
+from ltx_export import fitting, plan_report, quantize, recipes, sources
+from ltx_export.calibration import Calibration
 from ltx_export.plan import Plan, make
 from ltx_export.plan_question import (
     Question,
@@ -31,8 +33,9 @@ from ltx_export.plan_question import (
     precision,
     usual,
 )
-from ltx_export.stage_plan import Part
-from ltx_ref.checkpoint import TensorInfo, read_header
+from ltx_export.stage_plan import EXPORT_BASE, KERNEL_BYTES, Part, parts
+from ltx_ref import quantization
+from ltx_ref.checkpoint import Header, TensorInfo, read_header
 from ltx_ref.ltx_video.config import read_config
 
 TINY = Path(ltx_trt.__file__).parent / "ltx_tiny"
@@ -467,6 +470,66 @@ def test_a_stage_says_in_which_type_its_graph_is_wanted() -> None:
     odd = {"a": TensorInfo("I64", (8,), 0, 64)}
     with pytest.raises(UserError, match="the weights of transformer are I64; say their --prec"):
         own_precision("transformer", odd)
+
+
+@pytest.mark.parametrize(
+    ("name", "computed"),
+    [("fp8", "fp8"), ("int8", "int8"), ("fp8-cast", "fp32"), ("int4-wo", "fp32")],
+)
+def test_a_quantized_checkpoint_is_planned_as_it_is(
+    tmp_path: Path, name: Any, computed: str
+) -> None:
+    quantized = quantized_tiny(tmp_path / "q.safetensors", name)
+    question = Question(("256x256x17",), gpus=("rtx 4090",), branches=1)
+    found = make(question, parts(sources.read(quantized.path), question, ("transformer",)))
+    [stage] = found.stages
+    mine = [i for n, i in quantized.tensors.items() if n.startswith(PREFIX)]
+    stored = {"fp8-cast": "fp8", "int4-wo": "int4"}.get(name, name)
+    assert (stage.number.stored, stage.number.computed, stage.number.base) == (
+        *(stored, computed),
+        "fp32",
+    )
+    assert stage.disk == sum(info.end - info.begin for info in mine)
+    assert stage.engine - KERNEL_BYTES * len(stage.costs.kernels) == pytest.approx(
+        stage.disk, rel=0.01
+    )
+    assert stage.parameters == sum(
+        prod(shape) for n, shape in quantization.shapes(quantized).items() if n.startswith(PREFIX)
+    )
+    assert stage.export_memory == EXPORT_BASE
+
+
+def test_another_precision_for_what_is_quantized_is_refused(tmp_path: Path) -> None:
+    quantized = quantized_tiny(tmp_path / "q.safetensors", "int8-wo")
+    question = Question(precision="fp8")
+    with pytest.raises(UserError, match=r"quantized already \(int8-wo\); leave out --precision"):
+        parts(sources.read(quantized.path), question, ("transformer",))
+
+
+def test_a_format_of_some_layers_alone_decides_where_it_runs(tmp_path: Path) -> None:
+    some = recipes.Rule("transformer_blocks.5.*", "nvfp4", "why")
+    rest = recipes.load("int8-wo").rules
+    quantized = quantized_tiny(
+        tmp_path / "q.safetensors", recipes.Recipe("mixed", "", "max", None, (some, *rest))
+    )
+    question = Question(("256x256x17",), gpus=("rtx 4090",), branches=1)
+    made = make(question, parts(sources.read(quantized.path), question, ("transformer",)))
+    assert made.stages[0].number.stored == "int8"
+    assert "nvfp4 needs SM100 or newer" in " ".join(made.verdicts[0].reasons)
+
+
+def quantized_tiny(path: Path, recipe: str | recipes.Recipe) -> Header:
+    """The shipped checkpoint by a recipe, with ranges of ones."""
+    header = read_header(TINY / "ltx-tiny.safetensors")
+    chosen = recipes.load(recipe) if isinstance(recipe, str) else recipe
+    ranges = {
+        layer: np.ones(header.tensors[f"{layer}.weight"].shape[1], np.float32)
+        for layer in quantize.linear_layers(header)
+    }
+    known = Calibration(path, ranges, {}) if chosen.calibrated else None
+    for _ in quantize.write(quantize.plan(header, chosen, known), path):
+        pass
+    return read_header(path)
 
 
 def test_a_checkpoint_on_the_disk_is_planned_without_torch() -> None:

@@ -209,7 +209,7 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 def beside(bundle: Path, checkpoint: Path, model: Model) -> Path:
     """The graph of all blocks, traced whole, with the weights of the bundle."""
     plain = whole_trace("transformer", model)
-    weights.bind(plain, weights.weights_of(read_header(checkpoint), checkpoint.name), "float32")
+    weights.bind(plain, weights.weights_of(read_header(checkpoint), checkpoint.name))
     path = bundle / "plain.onnx"
     path.write_bytes(ir.to_proto(plain).SerializeToString())
     return path

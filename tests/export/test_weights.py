@@ -10,7 +10,7 @@ import torch
 
 from ltx_engines.bundle import Precision
 from ltx_engines.stages import FLOAT, STAGES, Stage, Tensor
-from ltx_export import invariants, weights
+from ltx_export import invariants, quantized_graph, weights
 from ltx_export.element_types import ONNX_TYPES
 from ltx_export.onnx_bundle import check_graph
 from ltx_ref.checkpoint import TensorInfo, read_header
@@ -141,7 +141,7 @@ def weight(file: str = "a.safetensors", size: int = 3, dtype: str = "F32") -> we
 def test_binding_points_into_the_files_and_says_which() -> None:
     model = graph_with("a", "b")
     bound = {"a": weight("z.safetensors"), "b": weight("sub/y.safetensors"), "c": weight()}
-    assert weights.bind(model, bound, "float32") == ("sub/y.safetensors", "z.safetensors")
+    assert weights.bind(model, bound) == ("sub/y.safetensors", "z.safetensors")
     assert weights.names(model) == {"a", "b"}
     assert weights.missing(["a", "b", "c"], model) == ["c"]
     tensor = model.graph.initializers["b"].const_value
@@ -151,9 +151,7 @@ def test_binding_points_into_the_files_and_says_which() -> None:
 
 def test_a_file_elsewhere_is_a_name_in_the_graph_and_a_path_in_the_manifest() -> None:
     model = graph_with("a")
-    assert weights.bind(model, {"a": weight("/hub/x.safetensors")}, "float32") == (
-        "/hub/x.safetensors",
-    )
+    assert weights.bind(model, {"a": weight("/hub/x.safetensors")}) == ("/hub/x.safetensors",)
     tensor = model.graph.initializers["a"].const_value
     assert isinstance(tensor, ir.ExternalTensor)
     assert str(tensor.location) == "x.safetensors"
@@ -161,19 +159,19 @@ def test_a_file_elsewhere_is_a_name_in_the_graph_and_a_path_in_the_manifest() ->
 
 def test_a_weight_that_the_checkpoint_lacks_is_named() -> None:
     with pytest.raises(AssertionError, match=r"^b is a weight of the graph and not of the check"):
-        weights.bind(graph_with("a", "b"), {"a": weight()}, "float32")
+        weights.bind(graph_with("a", "b"), {"a": weight()})
 
 
 @pytest.mark.parametrize("wrong", [weight(size=4), weight(dtype="F16"), weight(dtype="I64")])
 def test_a_weight_of_another_shape_or_type_is_named(wrong: weights.Weight) -> None:
     with pytest.raises(AssertionError, match=r"^a was traced as"):
-        weights.bind(graph_with("a"), {"a": wrong}, "float32")
+        weights.bind(graph_with("a"), {"a": wrong})
 
 
 @pytest.mark.parametrize("place", ["../a", "b/../../a", "./a", "/b/../a", "/a/"])
 def test_weights_outside_the_bundle_are_refused(place: str) -> None:
     with pytest.raises(ValueError, match="not a path inside the bundle"):
-        weights.bind(graph_with("a"), {"a": weight(place)}, "float32")
+        weights.bind(graph_with("a"), {"a": weight(place)})
 
 
 EIGHT = weights.Weight("a.safetensors", TensorInfo("F8_E4M3", (3,), 8, 11))
@@ -187,7 +185,9 @@ def test_an_8_bit_weight_keeps_name_and_bytes_and_is_widened_where_it_is_used(
     for value in model.graph.initializers.values():
         value.dtype = ONNX_TYPES[precision]
     plain = weight(dtype={"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[precision])
-    weights.bind(model, {"x.weight": EIGHT, "y.weight": EIGHT, "z.bias": plain}, precision)
+    given = {"x.weight": EIGHT, "y.weight": EIGHT, "z.bias": plain}
+    assert quantized_graph.widen(model, given) == 2
+    weights.bind(model, given)
     stored = model.graph.initializers["x.weight"]
     assert stored.dtype == ir.DataType.FLOAT8E4M3FN
     assert isinstance(stored.const_value, ir.ExternalTensor)
@@ -196,7 +196,7 @@ def test_an_8_bit_weight_keeps_name_and_bytes_and_is_widened_where_it_is_used(
     assert (widen.op_type, widen.name) == ("DequantizeLinear", "x/DequantizeLinear")
     assert widen.outputs[0].dtype == ONNX_TYPES[precision]
     assert [use.node.op_type for use in widen.outputs[0].uses()] == ["Neg"]
-    scale = model.graph.initializers[weights.ONE]
+    scale = model.graph.initializers[quantized_graph.ONE]
     assert widen.inputs[1] is scale
     assert scale.dtype == ONNX_TYPES[precision]
     assert [node.op_type for node in model.graph].count("DequantizeLinear") == 2
@@ -207,7 +207,9 @@ def test_a_block_may_keep_its_weights_wide_while_the_block_it_was_copied_from_do
     model = graph_with("x.weight", "y.weight")
     first, second = model.graph.initializers.values()
     second.type = first.type  # as `stamp` leaves it
-    files = weights.bind(model, {"x.weight": EIGHT, "y.weight": weight()}, "float32")
+    given = {"x.weight": EIGHT, "y.weight": weight()}
+    assert quantized_graph.widen(model, given) == 1
+    files = weights.bind(model, given)
     assert files == ("a.safetensors",)
     assert (first.dtype, second.dtype) == (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT)
 

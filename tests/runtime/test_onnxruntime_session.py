@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ltx_engines.bundle import Bundle, StageEntry, create, open_bundle, seal, tensor_entries
+from ltx_engines.bundle import (
+    Bundle,
+    QuantizationEntry,
+    StageEntry,
+    create,
+    open_bundle,
+    seal,
+    tensor_entries,
+)
 from ltx_engines.errors import UserError
 from ltx_engines.stages import FLOAT, Tensor
 from ltx_trt.session import onnxruntime_session as module
@@ -149,6 +157,52 @@ def test_bfloat16_is_refused_on_the_cpu_with_what_to_do(bundle: Bundle) -> None:
     changed = bundle.manifest.model_copy(update={"stages": stages})
     with pytest.raises(UserError, match=r"bfloat16.*onnxruntime-gpu.*--precision float32"):
         OnnxRuntimeSession.open(Bundle(bundle.path, changed), "transformer", providers=[module.CPU])
+
+
+def quantized(entry: StageEntry, **layers: int) -> StageEntry:
+    """The stage as if so many of its layers had these formats."""
+    found = QuantizationEntry.model_validate({"recipe": "mine", "layers": layers})
+    return entry.model_copy(update={"quantization": found})
+
+
+def test_only_int8_products_get_a_private_copy_and_nothing_quantized_is_fused() -> None:
+    import onnxruntime
+
+    plain = manifest().stages["transformer"]
+    entries = {
+        "no": plain,
+        "int8": quantized(plain, int8=4),
+        "fp8": quantized(plain, fp8=3, **{"int8-wo": 1}),
+    }
+    found = {}
+    for name, entry in entries.items():
+        options = module._options(onnxruntime, None, entry)
+        keys = ("session.disable_prepacking", "session.disable_quant_qdq")
+        chosen = []
+        for key in keys:
+            try:
+                chosen.append(options.get_session_config_entry(key))
+            except RuntimeError:  # so it says that nobody set it
+                chosen.append("0")
+        found[name] = tuple(chosen)
+    assert found == {"no": ("1", "0"), "int8": ("0", "1"), "fp8": ("1", "1")}
+
+
+def test_four_bit_floats_are_refused_with_what_computes_them(bundle: Bundle) -> None:
+    entry = quantized(bundle.stage("transformer"), nvfp4=280)
+    stages = bundle.manifest.stages | {"transformer": entry}
+    changed = bundle.manifest.model_copy(update={"stages": stages})
+    with pytest.raises(UserError, match=r"transformer is nvfp4.*TensorRT.*SM120.*recipe int8"):
+        OnnxRuntimeSession.open(Bundle(bundle.path, changed), "transformer")
+
+
+@pytest.mark.parametrize("opset", [20, 21])
+def test_an_opset_that_has_attention_is_refused_on_the_cpu(bundle: Bundle, opset: int) -> None:
+    """21 is what weights of four bits want."""
+    entry = bundle.stage("transformer")
+    module._check_cpu("transformer", entry.model_copy(update={"opset": opset}))
+    with pytest.raises(UserError, match=r"opset 23.*ltx-export onnx --opset 20"):
+        module._check_cpu("transformer", entry.model_copy(update={"opset": 23}))
 
 
 def test_bfloat16_rounds_to_the_nearest_even() -> None:

@@ -26,13 +26,20 @@ AS_THEY_LIE = (("session.disable_prepacking", "1"),)
 FOLDING = "ConstantFolding"
 """Weights are used as they lie in the mapped file: not repacked, and their transposes not computed
 beforehand but fused into the product. The session is there at once and no step is slower
-(`benchmarks/load.py`)."""
+(`benchmarks/load.py`). Not so where there are int8 layers: their products are 1.4 times as fast
+from a private, repacked copy, for which the other weights are copied too
+(`benchmarks/quantized_cpu.py`)."""
 
 FOLDER = "session.model_external_initializers_file_folder_path"
 """Where a graph that is given as bytes has its weights."""
 
-OPSET = 20
-"""Beyond it, Attention wants a mask for each query (onnxruntime 1.31: `inconsistent
+NO_FUSION = (("session.disable_quant_qdq", "1"),)
+"""ONNX Runtime makes integer products of QuantizeLinear and DequantizeLinear, where it finds them.
+Ours are already such products, and those of fp8 must not become any: there is no kernel
+(onnxruntime 1.31: `tensor(float8e4m3fn) of operator (MatMulIntegerToFloat) is invalid`)."""
+
+OPSET = 21
+"""Beyond it, there is Attention, which wants a mask for each query (onnxruntime 1.31: `inconsistent
 q_sequence_length`)."""
 
 BFLOAT16 = 16
@@ -64,11 +71,12 @@ class OnnxRuntimeSession:
         entry = bundle.stage(stage)
         ort = _package()
         chosen = _providers(ort.get_available_providers(), providers)
+        _check_formats(stage, entry)
         if chosen[0] == CPU:
             _check_cpu(stage, entry)
         file = bundle.file(entry.file)
         with _told(f"stage {stage}: cannot load {file}"):
-            options = _options(ort, threads)
+            options = _options(ort, threads, entry)
             session = ort.InferenceSession(
                 _graph(bundle, entry, options),
                 sess_options=options,
@@ -144,6 +152,14 @@ def _providers(available: Sequence[str], wished: Sequence[str] | None) -> list[s
     return list(wished)
 
 
+def _check_formats(stage: str, entry: StageEntry) -> None:
+    if entry.quantization is not None and "nvfp4" in entry.quantization.layers:
+        raise UserError(
+            f"stage {stage} is nvfp4, which only TensorRT computes, on SM120; quantize to int8 for "
+            "ONNX Runtime: ltx-export quantize --recipe int8"
+        )
+
+
 def _check_cpu(stage: str, entry: StageEntry) -> None:
     if any(tensor.dtype == "bfloat16" for tensor in (*entry.inputs, *entry.outputs)):
         raise UserError(
@@ -154,7 +170,7 @@ def _check_cpu(stage: str, entry: StageEntry) -> None:
     if stage == "transformer" and (entry.opset or OPSET) > OPSET:
         raise UserError(
             f"stage {stage} is at opset {entry.opset}, whose Attention ONNX Runtime's CPU does not "
-            f"compute with a mask of the text; export it again: ltx-export onnx --opset {OPSET}"
+            "compute with a mask of the text; export it again: ltx-export onnx --opset 20"
         )
 
 
@@ -165,13 +181,15 @@ def _check_provider(stage: str, entry: StageEntry, wished: str, found: str) -> N
         _check_cpu(stage, entry)
 
 
-def _options(ort: Any, threads: int | None) -> Any:
+def _options(ort: Any, threads: int | None, entry: StageEntry) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors come as exceptions, once is enough
     if threads is not None:
         options.intra_op_num_threads = threads
     options.enable_mem_pattern = False  # it reserves the weights' size twice: 13B finds no room
-    for name, value in AS_THEY_LIE:
+    formats = () if entry.quantization is None else entry.quantization.layers
+    chosen = (*(NO_FUSION if formats else ()), *(() if "int8" in formats else AS_THEY_LIE))
+    for name, value in chosen:
         options.add_session_config_entry(name, value)
     return options
 

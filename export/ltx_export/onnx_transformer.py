@@ -1,0 +1,196 @@
+"""An exported transformer on ONNX Runtime, called as ltx_ref's is; values inside it can be seen.
+
+Blocks and layers have their checkpoint's names in the graph, so their outputs are found and made
+outputs of the graph: in memory, the bundle stays as it is.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from ltx_engines.bundle import Bundle, StageEntry
+from ltx_engines.errors import UserError
+from ltx_export import coverage
+from ltx_ref.ltx_video.config import TRANSFORMER_PREFIX
+from ltx_ref.ltx_video.transformer import StgMode
+from ltx_ref.quantization import Layer
+from ltx_ref.quantized import BLOCKS
+
+STAGE = "transformer"
+VELOCITY = "velocity"
+
+NEWEST = 21
+"""The opset from which ONNX Runtime's CPU does not compute our Attention."""
+
+AS_IT_IS = (("session.disable_quant_qdq", "1"), ("session.disable_prepacking", "1"))
+"""Q/DQ pairs stay what they are, as in the runtime's sessions; weights stay in the mapped file."""
+FOLDING = "ConstantFolding"
+"""It would make float32 copies of all weights."""
+
+FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The transformer of a bundle."""
+
+    bundle: Bundle
+
+    @property
+    def entry(self) -> StageEntry:
+        return self.bundle.stage(STAGE)
+
+    @property
+    def path(self) -> Path:
+        return self.bundle.file(self.entry.file)
+
+    @cached_property
+    def model(self) -> ir.Model:
+        return ir.from_proto(self.proto())
+
+    def proto(self) -> onnx.ModelProto:
+        """A copy, without weights."""
+        return onnx.load(self.path, load_external_data=False)
+
+    def check(self, stg_mode: StgMode) -> None:
+        """
+        Raises:
+            UserError: it perturbs blocks in another way than the ladder does.
+        """
+        if (found := self.bundle.manifest.model.stg_mode) != stg_mode:
+            raise UserError(
+                f"{self.bundle.path} was exported with --stg-mode {found}, the ladder is climbed "
+                f"with {stg_mode}; give the --pipeline-config that the bundle was exported with"
+            )
+
+    def refusal(self) -> str | None:
+        """Why ONNX Runtime's CPU cannot compute it, if it cannot."""
+        dtypes = {tensor.dtype for tensor in (*self.entry.inputs, *self.entry.outputs)}
+        if "bfloat16" in dtypes:
+            return "bfloat16, which ONNX Runtime's CPU does not compute"
+        if (self.entry.opset or 0) > NEWEST:
+            return f"at opset {self.entry.opset}, whose Attention ONNX Runtime does not compute"
+        return None
+
+    def covered(self, layers: Mapping[str, Layer]) -> str:
+        """How many of the file's layers are quantized in the graph: all.
+
+        Raises:
+            UserError: one is not.
+        """
+        found = coverage.count(self.model, layers)
+        listed = ", ".join(
+            form if len(found.wanted) == 1 else f"{number} {form}"
+            for form, number in found.wanted.items()
+        )
+        line = f"Q/DQ coverage {len(found.found)} of {len(layers)} layers ({listed})"
+        if found.missing:
+            problems = "; ".join(f"{path}: {why}" for path, why in found.missing.items())
+            raise UserError(
+                f"{self.path}: {line}; {problems}; export the bundle again (ltx-export onnx)"
+            )
+        return line
+
+    def block_output(self, index: int) -> str:
+        """The name of the value that a block hands on: its last node's."""
+        prefix = f"{TRANSFORMER_PREFIX}{BLOCKS}.{index}"
+        own = [n for n in self.model.graph if str(n.name).startswith((f"{prefix}.", f"{prefix}/"))]
+        return _name(own[-1].outputs[0])
+
+    def layer_output(self, path: str) -> str:
+        """The name of what a linear layer gives: the sum with its bias. `path` is the model's."""
+        bias = self.model.graph.initializers[f"{TRANSFORMER_PREFIX}{path}.bias"]
+        (use,) = bias.uses()
+        return _name(use.node.outputs[0])
+
+    def with_outputs(self, names: Iterable[str]) -> bytes:
+        """The graph, whose only outputs are these values."""
+        proto = self.proto()
+        known = {value.name: value for value in proto.graph.output}
+        del proto.graph.output[:]
+        for name in names:
+            proto.graph.output.append(known.get(name) or onnx.ValueInfoProto(name=name))
+        data: bytes = proto.SerializeToString()
+        return data
+
+    def folder(self) -> Path:
+        """Where its weights lie."""
+        homes = {self.bundle.file(name).parent for name in self.entry.weights}
+        return homes.pop() if len(homes) == 1 else self.bundle.path
+
+
+def _name(value: ir.Value) -> str:
+    if value.name is None:
+        raise AssertionError("a value without a name in a graph that was read from a file")
+    return value.name
+
+
+class OnnxTransformer:
+    """A VelocityModel. `outputs` are the values of the graph that `run` gives."""
+
+    def __init__(self, graph: Graph, outputs: Collection[str] = (VELOCITY,)) -> None:
+        import onnxruntime
+
+        self.graph, self.outputs = graph, list(outputs)
+        self.dtypes = {t.name: getattr(torch, t.dtype) for t in graph.entry.inputs}
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.enable_mem_pattern = False
+        for name, value in (*AS_IT_IS, (FOLDER, str(graph.folder()))):
+            options.add_session_config_entry(name, value)
+        with _told(graph.path):
+            self.session = onnxruntime.InferenceSession(
+                graph.with_outputs(self.outputs),
+                sess_options=options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=[FOLDING],
+            )
+
+    def __call__(
+        self,
+        latents: Tensor,
+        coords: Tensor,
+        timestep: Tensor,
+        prompt_embeds: Tensor,
+        prompt_mask: Tensor,
+        skip_layer_mask: Tensor,
+        *,
+        stg_mode: StgMode,
+    ) -> Tensor:
+        self.graph.check(stg_mode)
+        inputs = (latents, coords, timestep, prompt_embeds, prompt_mask, skip_layer_mask)
+        names = (tensor.name for tensor in self.graph.entry.inputs)
+        return self.run(dict(zip(names, inputs, strict=True)))[VELOCITY]
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs by name, in float32."""
+        feeds = {
+            name: inputs[name].to(dtype).contiguous().numpy() for name, dtype in self.dtypes.items()
+        }
+        with _told(self.graph.path):
+            found = self.session.run(self.outputs, feeds)
+        pairs = zip(self.outputs, found, strict=True)
+        return {name: torch.from_numpy(array).float() for name, array in pairs}
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """ONNX Runtime's exceptions have no common ancestor below Exception, so they are listed."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    known = (
+        *(state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf),
+        *(state.NoModel, state.NoSuchFile, state.NotImplemented, state.RuntimeException),
+    )
+    try:
+        yield
+    except known as error:
+        raise UserError(f"{path}: ONNX Runtime: {' '.join(str(error).split())}") from error

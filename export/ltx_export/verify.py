@@ -1,0 +1,376 @@
+"""Climb the ladder: is the quantized model still the same model, and where does it stop to be?
+
+    original   -- float32 --+-- bfloat16
+                            |
+    checkpoint -- quantized +-- onnx, exported in a temporary folder if no bundle is given
+
+One rung is in memory at a time. The first one beyond its bound is taken apart, by `bisection.py` or
+`graph_following.py`.
+"""
+
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from ltx_engines.bundle import open_bundle
+from ltx_engines.errors import UserError
+from ltx_engines.shapes import VideoShape
+from ltx_export import calibration, denoising, ladder, onnx_bundle, pipeline_defaults
+from ltx_export.bisection import Mixture, Parts, swapped
+from ltx_export.denoising import Inputs, OnDevice, Walk, Weights
+from ltx_export.graph_following import Follower
+from ltx_export.ladder import Bounds, Culprit, Outputs, Pair, Report, Row, Rung, Skipped
+from ltx_export.onnx_transformer import Graph, OnnxTransformer
+from ltx_export.pipeline_defaults import Pipeline
+from ltx_ref import quantization, quantized
+from ltx_ref.checkpoint import Header, read_header
+from ltx_ref.ltx_video.config import ModelConfig, read_config
+from ltx_ref.ltx_video.pipeline import Request, levels
+from ltx_ref.ltx_video.transformer import Transformer
+from ltx_ref.quantization import Layer
+from ltx_ref.quantized import QuantizedLinear
+from ltx_ref.tensor_file import TensorFile
+
+ENGINE = Skipped(
+    "engine",
+    "there is no TensorRT engine of this checkpoint, which a CUDA GPU and an engine builder would "
+    "have to make; what TensorRT's builder does with the graph is seen without a GPU in "
+    "tests/export/test_rtx_quantized.py",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the user asked for. None is the model's own, or found by itself."""
+
+    checkpoint: Path
+    text_encoder: Path
+    prompt: str
+    shape: VideoShape
+    original: Path | None = None
+    steps: int | None = None
+    seed: int = 0
+    bundle: Path | None = None
+    bounds: tuple[str, ...] = ()
+    pipeline_config: Path | None = None
+    device: str = "cpu"
+    offload_blocks: bool = False
+    ignore_config_keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """An order of which everything that a header says is known to be right."""
+
+    order: Order
+    header: Header
+    original: Header
+    layers: Mapping[str, Layer]
+    pipeline: Pipeline
+    request: Request
+    config: ModelConfig
+    bounds: Bounds
+
+    def weights(self, rung: Rung) -> Weights:
+        order = self.order
+        return Weights(
+            (self.header if rung == "quantized" else self.original).path,
+            torch.bfloat16 if rung == "bfloat16" else torch.float32,
+            order.device,
+            order.offload_blocks,
+            order.ignore_config_keys,
+        )
+
+    @property
+    def twin(self) -> Rung:
+        """What the graph should equal."""
+        return "quantized" if self.layers else ladder.YARDSTICK
+
+    def pair(self, rung: Rung, against: Rung, bounds_of: Rung | None = None) -> Pair:
+        """`bounds_of`: whose bounds count, if not those of the rung itself."""
+        name = bounds_of or rung
+        velocity, latents = self.bounds[f"{name}.velocity"], self.bounds[f"{name}.latents"]
+        return Pair(rung, against, {"velocity": velocity, "latents": latents})
+
+    def facts(self) -> dict[str, Any]:
+        order, counts = self.order, dict[str, int]()
+        for layer in self.layers.values():
+            counts[layer.format] = counts.get(layer.format, 0) + 1
+        return {
+            "checkpoint": str(self.header.path),
+            "original": str(self.original.path),
+            "formats": counts,
+            "bundle": None if order.bundle is None else str(order.bundle),
+            "prompt": order.prompt,
+            "shape": f"{order.shape.width}x{order.shape.height}x{order.shape.frames}",
+            "sigmas": [*levels(self.config, self.request)],
+            "seed": order.seed,
+            "device": order.device,
+        }
+
+
+def run(order: Order) -> Generator[str, None, Report]:
+    """Yields what is being done; what follows a colon is how far that is.
+
+    Raises:
+        UserError, CheckpointError, OSError: something that the user can mend; a graph in which not
+            every layer of the file's recipe is quantized is that.
+    """
+    yield "reading"
+    ladder.check_packages()
+    checked = check(order)
+    with TemporaryDirectory(prefix="ltx-verify-") as scratch:
+        graph, skipped, coverage = yield from _graph(checked, Path(scratch))
+        yield "encoding the prompt"
+        climb = Climb(checked, _walk(checked))
+        yield from climb.up(graph)
+        culprit = None
+        if (broken := ladder.first_broken(climb.rows)) is not None:
+            culprit = yield from climb.culprit(broken, graph)
+    return Report(checked.facts(), tuple(climb.rows), (*skipped, ENGINE), coverage, culprit)
+
+
+def check(order: Order) -> Checked:
+    """Everything that can be known to be wrong before a weight is read.
+
+    Raises:
+        UserError, CheckpointError: something is.
+    """
+    if not order.prompt.strip():
+        raise UserError("the prompt is empty; say what the clip shows: --prompt TEXT")
+    if order.device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"--device {order.device}: torch sees no CUDA GPU here; try cpu")
+    header = read_header(order.checkpoint)
+    layers = quantization.layers(header)
+    original = _original(order, header) if layers else header
+    if not layers and order.original is not None:
+        raise UserError(f"{header.path} is not quantized, it has no original; leave out --original")
+    config = read_config(header, order.ignore_config_keys)
+    pipeline = pipeline_defaults.read(order.pipeline_config, config, None)
+    request, config = denoising.request(pipeline, order.shape, order.steps, config)
+    formats = {layer.format for layer in layers.values()}
+    bounds = ladder.bounds(formats, order.bounds)
+    return Checked(order, header, original, layers, pipeline, request, config, bounds)
+
+
+def _original(order: Order, header: Header) -> Header:
+    """What the quantized file was made from: as it is told, or beside it.
+
+    Raises:
+        UserError: it is not there, or another one.
+    """
+    source = (quantization.provenance(header) or {}).get("source")
+    known: dict[str, Any] = source if isinstance(source, dict) else {}
+    if order.original is None and "name" not in known:
+        raise UserError(f"{header.path} does not say what it was made from; give --original FILE")
+    path = order.original or header.path.parent / str(known["name"])
+    if not path.is_file():
+        raise UserError(
+            f"{path} is not there, from which {header.path} was quantized; give --original FILE"
+        )
+    found = read_header(path)
+    if quantized_too := next(iter(quantization.layers(found)), None):
+        raise UserError(
+            f"{path} is quantized too ({quantized_too}); give the float checkpoint with --original"
+        )
+    here = calibration.identity(path)
+    for key in (here.keys() & known.keys()) - {"name"}:
+        if here[key] != known[key]:
+            raise UserError(
+                f"{header.path} was quantized from a {known.get('name')} of other {key} "
+                f"({known[key]}) than {path} ({here[key]}); give that file with --original"
+            )
+    return found
+
+
+Graphed = tuple[Graph | None, tuple[Skipped, ...], str | None]
+"""The graph if ONNX Runtime computes it, what is skipped, and the line about coverage."""
+
+
+def _graph(checked: Checked, scratch: Path) -> Generator[str, None, Graphed]:
+    order, skipped, coverage = checked.order, list[Skipped](), None
+    given = None if order.bundle is None else Graph(open_bundle(order.bundle))
+    if given is not None:
+        given.check(checked.request.stg_mode)
+        coverage = given.covered(checked.layers) if checked.layers else None
+        if (refusal := given.refusal()) is None:
+            return given, (), coverage
+        skipped.append(
+            Skipped("onnx", f"{given.path} is {refusal}: climbed with a float32 export instead")
+        )
+    packed = any(layer.format == "nvfp4" for layer in checked.layers.values())
+    export = onnx_bundle.Order(
+        order.checkpoint,
+        scratch / "bundle",
+        stages=("transformer",),
+        stg_mode=checked.request.stg_mode,
+        precision=None if packed else "float32",
+        opset=23 if packed else 20,
+        weights="refer",
+        ignore_config_keys=order.ignore_config_keys,
+    )
+    for step in onnx_bundle.write(export):
+        yield f"exporting: {step}"
+    made = Graph(open_bundle(export.out))
+    coverage = coverage or (made.covered(checked.layers) if checked.layers else None)
+    if packed:
+        return None, (Skipped("onnx", "nvfp4 is computed by TensorRT alone, on SM120"),), coverage
+    return made, tuple(skipped), coverage
+
+
+def _walk(checked: Checked) -> Walk:
+    pipeline, order = checked.pipeline, checked.order
+    texts = (order.prompt, pipeline.defaults.negative_prompt)
+    prompts = denoising.prompts(order.text_encoder, texts, pipeline.max_length)
+    wanted = checked.config.transformer.caption_channels
+    if (width := prompts.positive.shape[-1]) != wanted:
+        raise UserError(
+            f"{order.text_encoder} has width {width}, the checkpoint reads text of width {wanted}; "
+            "use the text encoder that the checkpoint was trained with"
+        )
+    sigmas = levels(checked.config, checked.request)
+    return Walk(checked.config, checked.request, prompts, order.seed, sigmas)
+
+
+class Climb:
+    """The outputs of the rungs so far, and how far they are apart."""
+
+    def __init__(self, checked: Checked, walk: Walk) -> None:
+        self.checked, self.walk = checked, walk
+        self.rows: list[Row] = []
+        self.outputs: dict[Rung, Outputs] = {}
+        self.first: Inputs | None = None
+        """Of the yardstick's first step, and so of everybody's."""
+
+    def up(self, graph: Graph | None) -> Generator[str, None, None]:
+        """
+        Raises:
+            UserError: the yardstick is not finite.
+        """
+        checked, yardstick = self.checked, ladder.YARDSTICK
+        yield yardstick
+        self.outputs[yardstick], self.first = self._torch(yardstick)
+        _check_finite(self.outputs[yardstick], checked.original)
+        yield "bfloat16"
+        self._compare({"bfloat16": self._torch("bfloat16")[0]}, checked.pair("bfloat16", yardstick))
+        if checked.layers:
+            yield "quantized"
+            self.rows.append(worst_weight(checked))
+            found = self._torch("quantized")[0]
+            self._compare({"quantized": found}, checked.pair("quantized", yardstick))
+        if graph is not None:
+            yield "onnx"
+            self.rows.append((yield from self._follow(graph)))
+            found, _ = self.walk.outputs(OnnxTransformer(graph), torch.float32)
+            self._compare({"onnx": found}, checked.pair("onnx", checked.twin))
+            if checked.layers:
+                self._compare({"onnx": found}, checked.pair("onnx", yardstick, "quantized"))
+
+    @contextmanager
+    def _followed(self, graph: Graph) -> Iterator[Follower]:
+        if self.first is None:
+            raise AssertionError("a graph is followed before there is a yardstick")
+        with self.checked.weights(self.checked.twin).opened() as transformer:
+            yield Follower(graph, transformer, self.first)
+
+    def _follow(self, graph: Graph) -> Generator[str, None, Row]:
+        """The worst block of the graph, each given the same inputs."""
+        with self._followed(graph) as follower:
+            worst = yield from follower.worst_block()
+        pair = Pair("onnx", self.checked.twin, {"blocks": self.checked.bounds["onnx.blocks"]})
+        (row,) = ladder.compare(
+            pair, {"blocks": worst.graph.numpy()}, {"blocks": worst.own.numpy()}
+        )
+        return replace(row, place=worst.path)
+
+    def _torch(self, rung: Rung) -> tuple[Outputs, Inputs]:
+        weights = self.checked.weights(rung)
+        with weights.opened() as transformer:
+            return self.walk.outputs(OnDevice(transformer, weights.device), weights.dtype)
+
+    def _compare(self, found: Mapping[Rung, Outputs], pair: Pair) -> None:
+        self.outputs.update(found)
+        rows = ladder.compare(pair, self.outputs[pair.rung], self.outputs[pair.against])
+        self.rows.extend(rows)
+
+    def culprit(self, broken: Row, graph: Graph | None) -> Generator[str, None, Culprit | None]:
+        """What takes the rung over its bound."""
+        if broken.rung == "onnx":
+            if graph is None or broken.place is None:
+                return None
+            if broken.place.startswith(f"{quantized.BLOCKS}."):
+                yield "following: its layers"
+                with self._followed(graph) as follower:
+                    worst = follower.worst_layer(broken.place)
+                if not worst.distance <= broken.bound.limit:
+                    return Culprit(worst.path, worst.distance)
+        if broken.place is not None:
+            return Culprit(broken.place, broken.distance)
+        return (yield from self._mixed(broken))
+
+    def _mixed(self, broken: Row) -> Generator[str, None, Culprit]:
+        weights = {rung: self.checked.weights(rung) for rung in (broken.against, broken.rung)}
+        reference, candidate = weights.values()
+        with reference.opened() as own, candidate.opened() as other:
+
+            def measure(parts: Parts) -> float:
+                with swapped(own, parts):
+                    return self._distance(broken, own)
+
+            def held(model: Transformer, index: int) -> torch.nn.Module:
+                return (reference if model is own else candidate).block(model, index)
+
+            limit, found = broken.bound.limit, broken.distance
+            return (yield from Mixture(own, other, measure, limit, found, held).culprit())
+
+    def _distance(self, row: Row, transformer: Transformer) -> float:
+        """Of the same output, by a float32 transformer."""
+        model = OnDevice(transformer, self.checked.order.device)
+        if self.first is not None and row.output == "velocity":
+            found = self.walk.velocity(model, self.first)
+        else:
+            found = self.walk.latents(model, torch.float32)
+        return ladder.distance(found, self.outputs[row.against][row.output])
+
+
+def _check_finite(outputs: Outputs, original: Header) -> None:
+    for name, numbers in outputs.items():
+        if not np.isfinite(numbers).all():
+            raise UserError(
+                f"{original.path} gives NaN or infinity in float32 ({name}), so nothing can be "
+                "compared with it; download it again"
+            )
+
+
+def worst_weight(checked: Checked) -> Row:
+    """The layer whose codes are farthest from the original's weights.
+
+    A scale that is wrong in queries or keys does not show in what a model gives: they are
+    normalised.
+    """
+    found: dict[str, float] = {}
+    with TensorFile(checked.header) as codes, TensorFile(checked.original) as floats:
+        for path, layer in checked.layers.items():
+            found[path] = ladder.distance(*_weights(layer, codes, floats))
+        # NaN is the worst of all.
+        worst = max(found, key=lambda path: (np.isnan(found[path]), found[path]))
+        values, wanted = _weights(checked.layers[worst], codes, floats)
+    pair = Pair("quantized", ladder.YARDSTICK, {"weights": checked.bounds["quantized.weights"]})
+    (row,) = ladder.compare(pair, {"weights": values}, {"weights": wanted})
+    return replace(row, place=worst)
+
+
+def _weights(layer: Layer, codes: TensorFile, floats: TensorFile) -> tuple[Any, Any]:
+    """What the codes stand for, and what they were made from; float32 [N, K]."""
+    parts = {"weight": codes.read(f"{layer.path}.weight")}
+    parts |= {name.rpartition(".")[2]: codes.read(name) for name, _ in layer.parts()}
+    values = quantized.dequantized(QuantizedLinear.of(layer.format, parts), torch.float32)
+    if (pre := parts.get("pre_quant_scale")) is not None:
+        values = values * pre
+    return values.numpy(), floats.read(f"{layer.path}.weight").float().numpy()

@@ -1,0 +1,467 @@
+"""Ranges are those of real runs, whoever watches them, however often one begins again."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ltx_engines import prompts
+from ltx_engines.errors import UserError
+from ltx_engines.shapes import VideoShape
+from ltx_export import activation_ranges, calibrate, calibration, cli
+from ltx_export.calibrate import Order, opened, run
+from ltx_export.calibration import Ranges
+from ltx_ref.checkpoint import CheckpointError, read_header
+from ltx_ref.ltx_video.pipeline import Step
+from ltx_ref.quantized import linears
+from tests.export.checkpoints import CAPTION_CHANNELS, LAYERS, write_text_encoder
+from tests.export.conftest import Files
+from tiny import captions
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SHAPES = (VideoShape(1, 32, 64), VideoShape(9, 32, 32))
+PROMPTS = ("a red ball", "the green one", "nothing")
+STEPS = 3
+ATTENTIONS = ("attn1", "attn2")
+LINEARS = 10 * LAYERS
+
+
+@pytest.fixture
+def order(files: Files, tmp_path: Path) -> Order:
+    """Six runs of three steps, with CFG and STG."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# three\n" + "\n".join(PROMPTS))
+    return Order(
+        files.checkpoint,
+        files.text_encoder,
+        prompts,
+        tmp_path / "small.calibration.safetensors",
+        shapes=SHAPES,
+        steps=STEPS,
+        seed=5,
+        device="cpu",
+    )
+
+
+def ranges(order: Order) -> Ranges:
+    return calibration.read(order.out, read_header(order.checkpoint)).ranges
+
+
+def same(one: Ranges, other: Ranges) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(one[p], other[p]) for p in one)
+
+
+@pytest.fixture(scope="module")
+def whole(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Ranges:
+    """The ranges of the order when nothing is in its way."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    given = Order(
+        files.checkpoint,
+        files.text_encoder,
+        folder / "prompts.txt",
+        folder / "whole.safetensors",
+        shapes=SHAPES,
+        steps=STEPS,
+        seed=5,
+        device="cpu",
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each test has it
+    for _ in run(given):
+        pass
+    torch.set_num_threads(threads)
+    return ranges(given)
+
+
+def test_every_linear_layer_of_the_blocks_has_a_range(whole: Ranges) -> None:
+    paths = {path.partition("transformer_blocks.")[2] for path in whole}
+    names = {f"{a}.{n}" for a in ATTENTIONS for n in ("to_q", "to_k", "to_v", "to_out.0")}
+    names |= {"ff.net.0.proj", "ff.net.2"}
+    assert paths == {f"{block}.{name}" for block in range(LAYERS) for name in names}
+    assert all(np.isfinite(amax).all() and amax.max() > 0 for amax in whole.values())
+
+
+def test_layers_that_read_one_tensor_have_one_range(whole: Ranges) -> None:
+    block = "model.diffusion_model.transformer_blocks.1."
+    for group in (("attn1.to_q", "attn1.to_k", "attn1.to_v"), ("attn2.to_k", "attn2.to_v")):
+        first, *others = (whole[block + name] for name in group)
+        assert all(np.array_equal(first, other) for other in others)
+    assert not np.array_equal(whole[block + "attn1.to_q"], whole[block + "attn2.to_q"])
+
+
+def hooked(order: Order) -> dict[str, Tensor]:
+    """Of each layer the largest absolute inputs by hooks of our own, without ModelOpt."""
+    found: dict[str, Tensor] = {}
+
+    def see(path: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        amax = inputs[0].abs().amax(dim=(0, 1))
+        found[path] = torch.maximum(found[path], amax) if path in found else amax
+
+    with opened(order) as session:
+        for path, layer in linears(session.model):
+            layer.register_forward_pre_hook(partial(see, path))
+        for clip in session.plan.runs:
+            for _ in session.steps(clip):
+                pass
+    return found
+
+
+def test_modelopt_and_hooks_of_our_own_see_the_same(order: Order, whole: Ranges) -> None:
+    assert same(whole, {path: amax.numpy() for path, amax in hooked(order).items()})
+
+
+def test_being_watched_changes_nothing(order: Order) -> None:
+    def latents(watch: bool) -> Tensor:
+        with opened(order) as session:
+            if watch:
+                with activation_ranges.watched(session.model):
+                    *_, last = session.steps(session.plan.runs[0])
+            else:
+                *_, last = session.steps(session.plan.runs[0])
+        return last.latents
+
+    assert torch.equal(latents(watch=True), latents(watch=False))
+
+
+def test_all_branches_are_seen(order: Order) -> None:
+    batches: set[int] = set()
+    with opened(order) as session:
+        layer = session.model.transformer.patchify_proj
+        layer.register_forward_pre_hook(lambda _, inputs: batches.add(len(inputs[0])))
+        for _ in session.steps(session.plan.runs[0]):
+            pass
+    assert batches == {3}  # negative prompt, prompt, perturbed
+
+
+def test_a_pipelines_configuration_decides_about_guidance(order: Order, tmp_path: Path) -> None:
+    yaml = tmp_path / "plain.yaml"
+    yaml.write_text("guidance_scale: 1\nstg_scale: 0\nnum_inference_steps: 4\nwidth: 96\n")
+    plan = calibrate.check(replace(order, pipeline_config=yaml, steps=None, shapes=()))
+    assert {clip.steps for clip in plan.runs} == {4}
+    assert {clip.shape.width for clip in plan.runs} == {96}
+    assert not plan.runs[0].request.guidance.at(0.5).uses_cfg
+    assert not plan.runs[0].request.guidance.at(0.5).uses_stg
+
+
+def test_runs_are_prompts_times_shapes_and_a_prompt_keeps_its_seed(order: Order) -> None:
+    plan = calibrate.check(order)
+    assert [(clip.prompt, clip.seed) for clip in plan.runs[:3]] == list(
+        zip(PROMPTS, (5, 6, 7), strict=True)
+    )
+    assert [clip.shape for clip in plan.runs] == [SHAPES[0]] * 3 + [SHAPES[1]] * 3
+    assert [c.prompt for c in calibrate.check(replace(order, first=1)).runs] == [PROMPTS[0]] * 2
+
+
+def test_the_facts_say_on_what_the_ranges_were_seen(order: Order) -> None:
+    lines = list(run(replace(order, first=1)))
+    facts = calibration.load(order.out).facts
+    assert facts["prompts"] == [PROMPTS[0]]
+    assert facts["seeds"] == [5]
+    assert facts["shapes"] == ["64x32x1", "32x32x9"]
+    assert [len(sigmas) for sigmas in facts["sigmas"].values()] == [STEPS + 1] * 2
+    assert facts["sigmas"]["64x32x1"][0] == 1.0
+    assert facts["guidance"]["guidance_scale"] == 3.0
+    assert facts["stg_mode"] == "attention_values"
+    assert facts["checkpoint"]["sha256"]
+    assert facts["versions"]["torch"].startswith("2.")
+    assert facts["versions"]["nvidia-modelopt"].startswith("0.47")
+    assert (facts["dtype"], facts["runs"], facts["done"]) == ("F32", 2, 2)
+    assert lines[0] == "reading"
+    assert [line for line in lines if line.startswith("calibrating")][-1] == "calibrating: 83 %"
+
+
+# Offloading.
+
+
+def test_offloaded_ranges_are_the_resident_ones(order: Order, whole: Ranges) -> None:
+    for _ in run(replace(order, offload_blocks=True)):
+        pass
+    found = ranges(order)
+    assert found.keys() == whole.keys()
+    for path in whole:
+        np.testing.assert_allclose(found[path], whole[path], rtol=1e-4)
+
+
+# Interruption.
+
+
+def stopped(order: Order, after: int) -> None:
+    """Close the generator after so many steps, as Ctrl-C does."""
+    lines = run(order)
+    seen = 0
+    for line in lines:
+        seen += line.startswith("calibrating")
+        if seen > after:
+            break
+    lines.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_an_interrupted_calibration_ends_with_the_same_bits(
+    order: Order, whole: Ranges, offload: bool
+) -> None:
+    order = replace(order, offload_blocks=offload)
+    for after, done in ((4, 1), (5, 2), (3, 3)):
+        stopped(order, after)
+        assert calibration.load(order.out).facts["done"] == done
+    again = list(run(order))
+    assert sum(line.startswith("calibrating") for line in again) == 3 * STEPS
+    if not offload:
+        assert same(ranges(order), whole)
+    else:
+        other = replace(order, out=order.out.with_name("other.safetensors"))
+        list(run(other))
+        assert same(ranges(order), ranges(other))
+
+
+def test_a_run_that_is_broken_off_inside_leaves_no_trace(order: Order) -> None:
+    stopped(order, 2)
+    assert not order.out.exists()
+    stopped(order, 4)
+    before = order.out.read_bytes()
+    stopped(order, 1)
+    assert order.out.read_bytes() == before
+    assert sorted(p.name for p in order.out.parent.iterdir()) == ["prompts.txt", order.out.name]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import torch
+from ltx_engines.shapes import VideoShape
+from ltx_export.calibrate import Order, run
+torch.set_num_threads(1)
+checkpoint, encoder, prompts, out, *shapes = sys.argv[1:]
+shapes = tuple(VideoShape(*map(int, word.split("x"))) for word in shapes)
+order = Order(*map(Path, (checkpoint, encoder, prompts, out)), shapes=shapes, steps=3, seed=5,
+              device="cpu")
+for count, line in enumerate(run(order)):
+    print(line, flush=True)
+"""
+
+
+def test_a_killed_calibration_goes_on_in_another_process(order: Order, whole: Ranges) -> None:
+    words = [f"{s.frames}x{s.height}x{s.width}" for s in SHAPES]
+    paths = (order.checkpoint, order.text_encoder, order.prompts, order.out)
+    command = [sys.executable, "-c", KILLED, *map(str, paths), *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        assert child.stdout is not None
+        while not order.out.exists():
+            assert child.stdout.readline()  # it is still at work
+        os.kill(child.pid, signal.SIGKILL)
+    for _ in run(order):
+        pass
+    assert same(ranges(order), whole)
+
+
+def test_a_finished_calibration_is_not_made_again(order: Order) -> None:
+    list(run(order))
+    written = order.out.stat().st_mtime_ns
+    assert list(run(order)) == ["reading"]
+    assert order.out.stat().st_mtime_ns == written
+    assert len(list(run(replace(order, overwrite=True)))) > 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({"seed": 6}, "seeds"),
+        ({"steps": 4}, "sigmas"),
+        ({"negative_prompt": "dull"}, "negative_prompt"),
+        ({"stg_mode": "attention_skip"}, "stg_mode"),
+        ({"offload_blocks": True}, "offload_blocks"),
+    ],
+)
+def test_another_order_does_not_go_on_with_it(
+    order: Order, changed: dict[str, object], key: str
+) -> None:
+    stopped(order, 4)
+    other = replace(order, **changed)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=f"was begun with other {key}: .*give --overwrite") as said:
+        list(run(other))
+    assert "\n" not in str(said.value)
+    next(line for line in run(replace(other, overwrite=True)) if line.startswith("calib"))
+
+
+def test_another_checkpoint_does_not_go_on_with_it(order: Order, tmp_path: Path) -> None:
+    stopped(order, 4)
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(order.checkpoint.read_bytes()[:-1] + b"\1")
+    with pytest.raises(UserError, match="was begun with other checkpoint"):
+        list(run(replace(order, checkpoint=other)))
+
+
+# What stops it.
+
+
+def changed(order: Order, change: Callable[[dict[str, Tensor]], None]) -> Order:
+    tensors = load_file(order.checkpoint)
+    change(tensors)
+    path = order.prompts.with_name("changed.safetensors")
+    save_file(tensors, path, dict(read_header(order.checkpoint).metadata))
+    return replace(order, checkpoint=path)
+
+
+LAYER = "model.diffusion_model.transformer_blocks.1.ff.net.2"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_is_none_stops_with_layer_prompt_and_step(
+    order: Order, number: float
+) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors[LAYER.replace("net.2", "net.0.proj.bias")][3] = number
+
+    pattern = rf"{LAYER} was given NaN or infinity in step 1 of 3 of 'a red ball' at 64x32x1"
+    with pytest.raises(UserError, match=pattern):
+        list(run(changed(order, spoil)))
+    assert not order.out.exists()
+
+
+def test_a_later_step_is_named_too(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = calibrate.Session.steps
+
+    def spoiled(self: calibrate.Session, clip: calibrate.Run) -> Iterator[Step]:
+        for step in steps(self, clip):
+            yield step
+            if clip is self.plan.runs[1]:
+                self.model.transformer.patchify_proj.bias[0] = torch.nan
+
+    monkeypatch.setattr(calibrate.Session, "steps", spoiled)
+    with pytest.raises(UserError, match=r"in step 2 of 3 of 'the green one' at 64x32x1"):
+        list(run(changed(order, lambda _: None)))
+    assert calibration.load(order.out).facts["done"] == 1
+
+
+def test_a_layer_that_only_sees_zeros_stops_it(order: Order) -> None:
+    def silence(tensors: dict[str, Tensor]) -> None:
+        for name in ("net.0.proj.weight", "net.0.proj.bias"):
+            tensors[LAYER.replace("net.2", name)].zero_()
+
+    with pytest.raises(UserError, match=f"{LAYER} has only ever seen zeros"):
+        list(run(changed(order, silence)))
+    assert calibration.load(order.out).facts["done"] == 5
+
+
+def test_a_layer_that_is_never_reached_stops_it(
+    order: Order, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ltx_ref.ltx_video.transformer import FeedForward
+
+    monkeypatch.setattr(FeedForward, "forward", lambda _, x: x)
+    path = LAYER.replace("1.ff.net.2", "0.ff.net.0.proj")
+    with pytest.raises(UserError, match=f"{path} has not been reached by any run"):
+        list(run(order))
+
+
+def test_a_quantized_checkpoint_is_refused(order: Order) -> None:
+    def cast(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{LAYER}.weight"] = tensors[f"{LAYER}.weight"].to(torch.float8_e4m3fn)
+
+    with pytest.raises(UserError, match=rf"is quantized already \({LAYER} is fp8-cast\)"):
+        list(run(changed(order, cast)))
+
+
+def test_a_file_without_all_of_the_model_is_refused(order: Order) -> None:
+    def lose(tensors: dict[str, Tensor]) -> None:
+        del tensors["model.diffusion_model.proj_out.weight"]
+
+    with pytest.raises(CheckpointError, match=r"1 missing: .*proj_out.weight"):
+        list(run(changed(order, lose)))
+
+
+def test_an_encoder_of_another_width_is_refused(order: Order, tmp_path: Path) -> None:
+    other = write_text_encoder(tmp_path / "wide", width=CAPTION_CHANNELS * 2)
+    with pytest.raises(UserError, match=r"has embeddings of width 48, .* wants 24"):
+        list(run(replace(order, text_encoder=other)))
+
+
+def test_named_noise_levels_are_not_counted_anew(order: Order, tmp_path: Path) -> None:
+    yaml = tmp_path / "levels.yaml"
+    yaml.write_text("timesteps: [1.0, 0.7, 0.4]\n")
+    levels = replace(order, pipeline_config=yaml)
+    with pytest.raises(UserError, match="--steps 3: this model's 3 noise levels are given by name"):
+        calibrate.check(levels)
+    plan = calibrate.check(replace(levels, steps=None))
+    assert plan.runs[0].request.timesteps == pytest.approx((1.0, 0.7, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"device": "cuda"}, "--device cuda: torch sees no CUDA GPU here; try cpu"),
+        ({"device": "gpu"}, "--device 'gpu' is not known to torch; try cuda or cpu"),
+        ({"out": Path("/nowhere/at/all")}, "/nowhere/at is no folder"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_work(
+    order: Order, changed: dict[str, object], said: str
+) -> None:
+    if changed.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match=said):
+        list(run(replace(order, **changed)))  # type: ignore[arg-type]
+
+
+def test_something_else_is_never_overwritten(order: Order, files: Files, tmp_path: Path) -> None:
+    out = tmp_path / "precious.safetensors"
+    out.write_bytes(files.checkpoint.read_bytes())
+    with pytest.raises(UserError, match="is no calibration"):
+        list(run(replace(order, out=out, overwrite=True)))
+
+
+# The command.
+
+
+def command(order: Order, *more: str) -> int:
+    words = ["calibrate", order.checkpoint, "--text-encoder", order.text_encoder]
+    words += ["--prompts", order.prompts, "--out", order.out, "--steps", str(STEPS), *more]
+    return cli.main([str(word) for word in words])
+
+
+def test_the_command_writes_the_ranges_and_says_how_many(
+    order: Order, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = ("--shape", "64x32x1", "--shape", "32x32x9")
+    assert command(order, *shapes, "--first", "1", "--device", "cpu") == 0
+    said = capsys.readouterr().out
+    assert f"ranges of {LINEARS} layers, seen in 2 runs, in" in said
+    assert len(ranges(order)) == LINEARS
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--shape", "64x32"), "shape '64x32' is not WIDTHxHEIGHTxFRAMES"),
+        (("--shape", "64x32x1..64x64x1"), "is a range; give each of its shapes"),
+        (("--shape", "60x32x1"), "width must be a multiple of 32, not 60"),
+    ],
+)
+def test_a_wrong_option_costs_one_line(
+    order: Order, words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(order, *words) == 2
+    complaint = capsys.readouterr().err
+    assert said in complaint
+    assert len(complaint.splitlines()) == 1
+
+
+# The prompts that are shipped for ltx-tiny.
+
+
+def test_tinys_prompts_are_captions_and_none_twice() -> None:
+    found = prompts.read(ROOT / "tools/tiny/prompts.txt")
+    assert len(set(found)) == len(found) == 32
+    assert {word for line in found for word in captions.split(line)} <= set(captions.words())

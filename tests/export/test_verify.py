@@ -1,0 +1,498 @@
+"""The ladder on ltx-tiny: it holds, and what is damaged is named."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ltx_engines import bundle
+from ltx_engines.bundle import open_bundle
+from ltx_engines.errors import UserError
+from ltx_engines.shapes import VideoShape
+from ltx_export import cli, denoising, ladder, quantize, recipes, verify
+from ltx_export.calibration import Calibration
+from ltx_export.denoising import OnDevice, Walk, Weights
+from ltx_export.ladder import Report, Row
+from ltx_export.onnx_transformer import Graph, OnnxTransformer
+from ltx_ref.checkpoint import read_header
+from ltx_ref.quantization import layers
+from ltx_ref.quantized import linears
+from tests.export.conftest import export
+
+TINY = Path(__file__).parents[2] / "runtime/ltx_trt/ltx_tiny"
+CONFIG = Path(__file__).parents[2] / "tools/tiny/ltx-tiny.yaml"
+PREFIX = "model.diffusion_model."
+SHAPE = VideoShape(9, 64, 64)
+PROMPT = "a red circle moves right over a blue ground"
+
+encode = denoising.prompts
+
+
+@pytest.fixture(autouse=True, scope="session")
+def prompts_are_encoded_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(denoising, "prompts", cache(encode))
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """ltx-tiny beside what was made of it."""
+
+    original: Path
+    fp8: Path
+    int8: Path
+
+
+def order(checkpoint: Path, **wishes: object) -> verify.Order:
+    plain = verify.Order(
+        checkpoint, TINY / "text_encoder", PROMPT, SHAPE, steps=2, pipeline_config=CONFIG
+    )
+    return replace(plain, **wishes)  # type: ignore[arg-type]
+
+
+def climbed(wanted: verify.Order) -> Report:
+    work = verify.run(wanted)
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            report: Report = end.value
+            return report
+
+
+@pytest.fixture(scope="session")
+def walk() -> Walk:
+    return verify._walk(verify.check(order(TINY / "ltx-tiny.safetensors")))
+
+
+def ranges(walk: Walk, checkpoint: Path) -> Calibration:
+    """The largest input of each layer in one clip."""
+    found: dict[str, np.ndarray] = {}
+
+    def watch(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
+            amax = inputs[0].abs().flatten(0, -2).amax(dim=0).numpy()
+            found[path] = np.maximum(amax, found.get(path, amax))
+
+        return hook
+
+    with Weights(checkpoint, torch.float32).opened() as transformer, torch.no_grad():
+        for path, layer in linears(transformer):
+            layer.register_forward_pre_hook(watch(f"{PREFIX}{path}"))
+        walk.outputs(transformer, torch.float32)
+    return Calibration(Path("ranges"), found, {"done": 1, "runs": 1})
+
+
+@pytest.fixture(scope="session")
+def made(walk: Walk, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+    folder = tmp_path_factory.mktemp("quantized")
+    original = folder / "ltx-tiny.safetensors"
+    shutil.copyfile(TINY / original.name, original)
+    header, calibration = read_header(original), ranges(walk, original)
+    for name in ("fp8", "int8"):
+        plan = quantize.plan(header, recipes.load(name), calibration)
+        for _ in quantize.write(plan, folder / f"{name}.safetensors"):
+            pass
+    return Quantized(original, folder / "fp8.safetensors", folder / "int8.safetensors")
+
+
+@pytest.fixture(scope="session")
+def bundled(made: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The transformer of the fp8 file."""
+    out = tmp_path_factory.mktemp("bundled") / "bundle"
+    export(made.fp8, TINY / "text_encoder", out, "transformer", "--weights", "copy")
+    return out
+
+
+def changed(source: Path, target: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """The file with other numbers; its metadata are the same."""
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(tensors)
+    save_file(tensors, target, metadata)
+    return target
+
+
+def doubled(*names: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in names:
+            tensors[name] = tensors[name] * 2
+
+    return change
+
+
+def rows(report: Report, rung: str) -> dict[str, Row]:
+    return {f"{row.output} {row.against}": row for row in report.rows if row.rung == rung}
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_a_quantized_file_climbs_the_whole_ladder(made: Quantized, name: str) -> None:
+    report = climbed(order(getattr(made, name)))
+    assert report.broken is None
+    assert report.culprit is None
+    assert report.coverage == f"Q/DQ coverage 60 of 60 layers ({name})"
+    assert report.facts["formats"] == {name: 60}
+    assert [skipped.rung for skipped in report.skipped] == ["engine"]
+    assert list(rows(report, "bfloat16")) == ["velocity float32", "latents float32"]
+    assert list(rows(report, "quantized")) == [
+        *("weights float32", "velocity float32", "latents float32"),
+    ]
+    onnx_rows = rows(report, "onnx")
+    assert list(onnx_rows) == [
+        *("blocks quantized", "velocity quantized", "latents quantized"),
+        *("velocity float32", "latents float32"),
+    ]
+    assert onnx_rows["blocks quantized"].distance < 5e-3
+    assert rows(report, "quantized")["velocity float32"].distance > 1e-3, "nothing is quantized"
+
+
+def test_weights_that_are_quantized_alone_give_the_very_numbers(
+    made: Quantized, tmp_path: Path
+) -> None:
+    """No codes of activations, so none that could flip: the file is a plain cast without its
+    provenance, as it is published, and the original is told."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [n for n in tensors if n.endswith(".weight") and "transformer_blocks" in n]:
+            if tensors[name].dim() == 2:
+                tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+    plain = changed(made.original, tmp_path / "plain.safetensors", change)
+    with pytest.raises(UserError, match="does not say what it was made from; give --original"):
+        verify.check(order(plain))
+    report = climbed(order(plain, original=made.original))
+    assert report.broken is None
+    assert rows(report, "onnx")["velocity quantized"].distance < 1e-4
+    assert report.coverage == "Q/DQ coverage 60 of 60 layers (fp8-cast)"
+
+
+def test_a_float_checkpoint_has_no_quantized_rung(made: Quantized) -> None:
+    """With the model's own guidance: three branches, one of them perturbed."""
+    report = climbed(order(made.original, pipeline_config=None))
+    assert report.broken is None
+    assert report.coverage is None
+    assert {row.rung for row in report.rows} == {"bfloat16", "onnx"}
+    assert list(rows(report, "onnx")) == [
+        *("blocks float32", "velocity float32", "latents float32"),
+    ]
+    assert rows(report, "onnx")["latents float32"].distance < 1e-4
+
+
+@pytest.fixture
+def without_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rungs in torch alone."""
+
+    def none(*_: object) -> object:
+        yield "exporting"
+        return None, (), None
+
+    monkeypatch.setattr(verify, "_graph", none)
+
+
+LAYERS = ["0.ff.net.2", "3.ff.net.0.proj", "5.attn1.to_v"]
+
+
+@pytest.mark.parametrize("layer", [*LAYERS, "2.attn1.to_q", "4.attn2.to_k"])
+def test_a_doubled_scale_is_found_in_the_weights(
+    made: Quantized, without_graph: None, layer: str
+) -> None:
+    """Also in queries and keys, which are normalised, so that their scale shows nowhere else."""
+    path = f"{PREFIX}transformer_blocks.{layer}"
+    wrong = made.fp8.with_name("wrong.safetensors")
+    report = climbed(order(changed(made.fp8, wrong, doubled(f"{path}.weight_scale"))))
+    assert report.broken is not None
+    assert (report.broken.rung, report.broken.output) == ("quantized", "weights")
+    assert report.broken.distance == pytest.approx(1, abs=0.1)
+    assert report.culprit is not None
+    assert report.culprit.place == path
+
+
+@pytest.mark.parametrize("offload_blocks", [False, True])
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_doubled_scale_is_found_by_bisection(
+    made: Quantized, without_graph: None, layer: str, name: str, offload_blocks: bool
+) -> None:
+    path = f"transformer_blocks.{layer}"
+    wrong, right = made.fp8.with_name("wrong.safetensors"), getattr(made, name)
+    changed(right, wrong, doubled(f"{PREFIX}{path}.weight_scale"))
+    blind = ("quantized.weights=inf", "quantized.velocity=0.05")
+    report = climbed(order(wrong, bounds=blind, offload_blocks=offload_blocks))
+    assert report.broken is not None
+    assert (report.broken.rung, report.broken.output) == ("quantized", "velocity")
+    assert report.culprit is not None
+    assert report.culprit.place == path
+    assert report.culprit.before is not None
+    assert report.culprit.alone is not None
+    assert report.culprit.before < 0.05 < report.culprit.after
+    assert report.culprit.alone > 0.05
+
+
+def test_what_shows_only_in_the_end_is_found_too(made: Quantized, without_graph: None) -> None:
+    """By whole walks; half of the range of some activations is cut off, no weight is wrong."""
+    path = "transformer_blocks.3.ff.net.2"
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{PREFIX}{path}.input_scale"] /= 16
+
+    wrong = changed(made.fp8, made.fp8.with_name("wrong.safetensors"), change)
+    bounds = ("quantized.velocity=inf", "quantized.latents=0.05")
+    report = climbed(order(wrong, bounds=bounds))
+    assert report.broken is not None
+    assert report.broken.output == "latents"
+    assert report.culprit is not None
+    assert report.culprit.place == path
+
+
+def test_nan_in_a_scale_breaks_the_rung_and_is_named(made: Quantized, without_graph: None) -> None:
+    path = f"{PREFIX}transformer_blocks.4.attn1.to_v"
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{path}.weight_scale"][3] = math.nan
+
+    wrong = changed(made.fp8, made.fp8.with_name("wrong.safetensors"), change)
+    report = climbed(order(wrong))
+    assert report.broken is not None
+    assert report.broken.rung == "quantized"
+    assert not report.broken.passed
+    assert report.culprit is not None
+    assert report.culprit.place == path
+    assert all(math.isnan(row.distance) for row in report.rows if row.rung == "quantized")
+
+
+def test_nan_in_the_original_leaves_nothing_to_compare_with(
+    made: Quantized, tmp_path: Path, without_graph: None
+) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{PREFIX}proj_out.bias"][0] = math.nan
+
+    wrong = changed(made.original, tmp_path / "nan.safetensors", change)
+    with pytest.raises(UserError, match="gives NaN or infinity in float32"):
+        climbed(order(wrong))
+
+
+def test_a_bound_that_bfloat16_breaks_names_the_layer_that_rounds_most(
+    made: Quantized, without_graph: None
+) -> None:
+    report = climbed(order(made.original, bounds=("bfloat16.velocity=0.0001",)))
+    assert report.broken is not None
+    assert report.broken.rung == "bfloat16"
+    assert report.culprit is not None
+    assert report.culprit.after > 1e-4
+
+
+def test_one_block_at_a_time_gives_the_same_numbers(made: Quantized, walk: Walk) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        plain = Weights(made.fp8, dtype)
+        found = []
+        for weights in (plain, replace(plain, one_block=True)):
+            with weights.opened() as transformer:
+                found.append(walk.outputs(OnDevice(transformer, "cpu"), dtype)[0])
+        for name in ("velocity", "latents"):
+            assert np.array_equal(found[0][name], found[1][name])  # type: ignore[index]
+
+
+def resealed(folder: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
+    """The bundle with another graph, and a manifest that agrees with it."""
+    path = folder / "transformer.onnx"
+    proto = onnx.load(path, load_external_data=False)
+    change(proto)
+    path.write_bytes(proto.SerializeToString())
+    text = (folder / bundle.MANIFEST).read_text(encoding="utf-8")
+    bundle.seal(folder, bundle.Manifest.model_validate_json(text))
+    return folder
+
+
+@pytest.fixture
+def copy(bundled: Path, tmp_path: Path) -> Path:
+    shutil.copytree(bundled, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_a_given_bundle_is_climbed_and_stays_as_it_is(made: Quantized, bundled: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in bundled.iterdir()}
+    report = climbed(order(made.fp8, bundle=bundled))
+    assert report.broken is None
+    assert rows(report, "onnx")["blocks quantized"].distance < 5e-3
+    assert {path.name: path.stat().st_mtime_ns for path in bundled.iterdir()} == before
+
+
+def test_a_graph_that_lost_a_pair_costs_one_line(
+    made: Quantized, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The activations of one layer go around their codes."""
+    lost = f"{PREFIX}transformer_blocks.2.ff.net.2"
+
+    def change(proto: onnx.ModelProto) -> None:
+        makers = {name: node for node in proto.graph.node for name in node.output}
+        (matmul,) = (node for node in proto.graph.node if node.name == f"{lost}/MatMul")
+        dequantize = makers[matmul.input[0]]
+        matmul.input[0] = makers[dequantize.input[0]].input[0]
+
+    resealed(copy, change)
+    code = cli.main(command(made.fp8, "--bundle", str(copy)))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert "Q/DQ coverage 59 of 60 layers (fp8)" in said[-1]
+    assert f"{lost}: its activations are not quantized" in said[-1]
+    assert "Traceback" not in "".join(said)
+
+
+@pytest.mark.parametrize("layer", ["0.attn1.to_q", "3.ff.net.0.proj", "5.attn2.to_v"])
+def test_a_bundle_of_other_numbers_is_named_down_to_the_layer(
+    made: Quantized, copy: Path, layer: str
+) -> None:
+    """The bundle's file of weights has a doubled scale, the checkpoint has not."""
+    path = f"transformer_blocks.{layer}"
+    weights = copy / made.fp8.name
+    changed(weights, weights, doubled(f"{PREFIX}{path}.weight_scale"))
+    resealed(copy, lambda proto: None)
+    report = climbed(order(made.fp8, bundle=copy))
+    assert report.broken is not None
+    assert (report.broken.rung, report.broken.output) == ("onnx", "blocks")
+    assert report.broken.place == path.rpartition(f".{layer[2:]}")[0]
+    assert report.culprit is not None
+    assert report.culprit.place == path
+
+
+def test_a_block_that_differs_outside_its_layers_is_named(made: Quantized, copy: Path) -> None:
+    weights, table = copy / made.fp8.name, f"{PREFIX}transformer_blocks.1.scale_shift_table"
+    changed(weights, weights, doubled(table))
+    resealed(copy, lambda proto: None)
+    report = climbed(order(made.fp8, bundle=copy))
+    assert report.culprit is not None
+    assert report.culprit.place == "transformer_blocks.1"
+
+
+def test_what_is_in_front_of_the_blocks_is_named_too(made: Quantized, copy: Path) -> None:
+    weights = copy / made.fp8.name
+    changed(weights, weights, doubled(f"{PREFIX}patchify_proj.bias"))
+    resealed(copy, lambda proto: None)
+    report = climbed(order(made.fp8, bundle=copy))
+    assert report.broken is not None
+    assert report.culprit is not None
+    assert report.culprit.place == "patchify_proj"
+
+
+def test_a_bundle_that_the_cpu_cannot_compute_is_counted_and_another_is_climbed(
+    made: Quantized, tmp_path: Path
+) -> None:
+    out = tmp_path / "bfloat16"
+    options = ("--precision", "bfloat16")
+    export(made.fp8, TINY / "text_encoder", out, "transformer", *options)
+    report = climbed(order(made.fp8, bundle=out))
+    assert report.broken is None
+    assert report.coverage == "Q/DQ coverage 60 of 60 layers (fp8)"
+    assert [skipped.rung for skipped in report.skipped] == ["onnx", "engine"]
+    assert "a float32 export instead" in report.skipped[0].why
+    assert rows(report, "onnx")
+
+
+def test_a_bundle_that_perturbs_otherwise_is_refused(made: Quantized, tmp_path: Path) -> None:
+    out, options = tmp_path / "other", ("--stg-mode", "attention_skip")
+    export(made.fp8, TINY / "text_encoder", out, "transformer", *options)
+    with pytest.raises(UserError, match="was exported with --stg-mode attention_skip"):
+        climbed(order(made.fp8, bundle=out))
+
+
+def test_the_graph_is_read_in_the_middle_without_being_changed(
+    made: Quantized, bundled: Path, walk: Walk
+) -> None:
+    graph = Graph(open_bundle(bundled))
+    names = [graph.block_output(5), graph.layer_output("proj_out")]
+    with Weights(made.fp8, torch.float32).opened() as transformer:
+        outputs, inputs = walk.outputs(transformer, torch.float32)
+    seen = OnnxTransformer(graph, names).run(inputs.tensors())
+    again = OnnxTransformer(graph).run(inputs.tensors())["velocity"]
+    assert torch.equal(seen[names[1]], again)
+    assert seen[names[0]].shape == (*again.shape[:2], 128)
+    assert ladder.distance(again.numpy(), outputs["velocity"]) < 0.1
+
+
+def test_the_original_is_found_beside_the_file_and_must_be_that_one(
+    made: Quantized, tmp_path: Path
+) -> None:
+    assert verify.check(order(made.fp8)).original.path == made.original
+    alone = shutil.copyfile(made.fp8, tmp_path / "fp8.safetensors")
+    with pytest.raises(UserError, match="is not there, from which .* give --original FILE"):
+        verify.check(order(alone))
+    other = changed(
+        made.original, tmp_path / "other.safetensors", doubled(f"{PREFIX}proj_out.bias")
+    )
+    with pytest.raises(UserError, match="was quantized from a ltx-tiny.safetensors of other sha"):
+        verify.check(order(alone, original=other))
+    assert verify.check(order(alone, original=made.original)).layers == layers(read_header(alone))
+
+
+@pytest.mark.parametrize(
+    ("wishes", "complaint"),
+    [
+        ({"prompt": " "}, "the prompt is empty"),
+        ({"device": "cuda"}, "no CUDA GPU here; try cpu"),
+        ({"bounds": ("velocity=1",)}, "unknown bound 'velocity'"),
+    ],
+)
+def test_an_order_that_cannot_be_climbed_costs_one_line(
+    made: Quantized, wishes: dict[str, object], complaint: str
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        verify.check(order(made.fp8, **wishes))
+
+
+def test_originals_are_of_quantized_files_and_are_none_themselves(made: Quantized) -> None:
+    with pytest.raises(UserError, match="is not quantized, it has no original"):
+        verify.check(order(made.original, original=made.fp8))
+    with pytest.raises(UserError, match="is quantized too"):
+        verify.check(order(made.fp8, original=made.int8))
+
+
+def command(checkpoint: Path, *options: str) -> list[str]:
+    return [
+        *("verify", str(checkpoint), "--text-encoder", str(TINY / "text_encoder")),
+        *("--prompt", PROMPT, "--shape", "64x64x9", "--steps", "2"),
+        *("--pipeline-config", str(CONFIG), *options),
+    ]
+
+
+def test_the_command_prints_a_table_and_writes_all_figures(
+    made: Quantized, bundled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "ladder.json"
+    code = cli.main(command(made.fp8, "--bundle", str(bundled), "--json", str(figures)))
+    text = capsys.readouterr().out
+    assert code == 0
+    assert "Q/DQ coverage 60 of 60 layers (fp8)" in text
+    assert "every rung is within its bounds" in text
+    assert "engine skipped: there is no TensorRT engine" in text
+    found = json.loads(figures.read_text(encoding="utf-8"))
+    assert found["passed"] is True
+    assert found["bundle"] == str(bundled)
+    assert {row["rung"] for row in found["rungs"]} == {"bfloat16", "quantized", "onnx"}
+
+
+def test_a_rung_that_breaks_ends_the_command_with_1(
+    made: Quantized, bundled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bound = ("--bounds", "quantized.velocity=0.0001")
+    assert cli.main(command(made.fp8, "--bundle", str(bundled), *bound)) == 1
+    text = capsys.readouterr().out
+    assert "the first rung that breaks is quantized: velocity" in text
+    assert "the worst part is transformer_blocks." in text
+
+
+def test_a_mistake_ends_it_with_2(made: Quantized, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(command(made.fp8, "--bounds", "onnx.velocty=1")) == 2
+    assert "did you mean 'onnx.velocity'?" in capsys.readouterr().err
