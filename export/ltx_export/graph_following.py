@@ -6,7 +6,7 @@ boundary, that changes a few inputs of the next layer by a step, and after six b
 programs are as far apart as each is from the float model (ltx-tiny, fp8: 0.02 of 0.03).
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -62,34 +62,56 @@ class Follower:
         return worst
 
     def worst_layer(self, block: str) -> Part:
-        """The linear layer of a block that is farthest from the graph's."""
-        before = int(block.rpartition(".")[2]) - 1
-        entrance = f"{BLOCKS}.{before}" if before >= 0 else "patchify_proj"
-        chosen = [path for path in linear_layers(self.reference) if path.startswith(f"{block}.")]
-        return self._worst(chosen, [entrance, *chosen])
+        """The linear layer of a block that is farthest from the graph's, given its input there."""
+        paths = [path for path in linear_layers(self.reference) if path.startswith(f"{block}.")]
+        entrances = {path: self.graph.layer_input(path) for path in paths}
+        exits = {path: self.graph.layer_output(path) for path in paths}
+        found = self._found([*entrances.values(), *exits.values()])
+        seen: list[Part] = []
+        with ExitStack() as stack:
+            for path in paths:
+                module = self.reference.get_submodule(path)
+                given = partial(_give, found[entrances[path]])
+                hook = partial(_follow, seen, path, found[exits[path]])
+                stack.callback(module.register_forward_pre_hook(given).remove)
+                stack.callback(module.register_forward_hook(hook).remove)
+            self._run()
+        (worst,) = seen
+        return worst
 
-    @torch.no_grad()
     def _worst(self, chosen: Sequence[str], followed: Sequence[str]) -> Part:
         """Of the chosen parts. Behind each one that is followed, the graph's output goes on."""
         values = {path: self._value(path) for path in followed}
-        found = OnnxTransformer(self.graph, list(values.values())).run(self.inputs.tensors())
-        device = next(self.reference.proj_out.parameters()).device
-        inputs = {name: tensor.to(device) for name, tensor in self.inputs.tensors().items()}
+        found = self._found(values.values())
         seen: list[Part] = []
         with ExitStack() as stack:
             for path, value in values.items():
                 hook = partial(_follow, seen if path in chosen else [], path, found[value])
                 module = self.reference.get_submodule(path)
                 stack.callback(module.register_forward_hook(hook).remove)
-            self.reference(**inputs, stg_mode=self.graph.bundle.manifest.model.stg_mode)
+            self._run()
         (worst,) = seen
         return worst
 
     def _value(self, path: str) -> str:
         home, _, index = path.rpartition(".")
-        return (
-            self.graph.block_output(int(index)) if home == BLOCKS else self.graph.layer_output(path)
-        )
+        if home == BLOCKS:
+            return self.graph.block_output(int(index))
+        return self.graph.layer_output(path)
+
+    def _found(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return OnnxTransformer(self.graph, dict.fromkeys(names)).run(self.inputs.tensors())
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        device = next(self.reference.proj_out.parameters()).device
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.tensors().items()}
+        self.reference(**inputs, stg_mode=self.graph.bundle.manifest.model.stg_mode)
+
+
+def _give(wanted: Tensor, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """A forward pre-hook: the graph's input takes the place of the module's own."""
+    return (wanted.to(inputs[0]),)
 
 
 def _follow(seen: list[Part], path: str, wanted: Tensor, *call: Any) -> Tensor:

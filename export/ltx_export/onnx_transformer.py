@@ -34,6 +34,9 @@ AS_IT_IS = (("session.disable_quant_qdq", "1"), ("session.disable_prepacking", "
 FOLDING = "ConstantFolding"
 """It would make float32 copies of all weights."""
 
+NAMED = 3
+"""Layers that a sentence about missing ones names."""
+
 FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -92,7 +95,9 @@ class Graph:
         )
         line = f"Q/DQ coverage {len(found.found)} of {len(layers)} layers ({listed})"
         if found.missing:
-            problems = "; ".join(f"{path}: {why}" for path, why in found.missing.items())
+            named = [f"{path}: {why}" for path, why in found.missing.items()]
+            rest = [f"and {len(named) - NAMED} more"] if len(named) > NAMED else []
+            problems = "; ".join([*named[:NAMED], *rest])
             raise UserError(
                 f"{self.path}: {line}; {problems}; export the bundle again (ltx-export onnx)"
             )
@@ -106,9 +111,46 @@ class Graph:
 
     def layer_output(self, path: str) -> str:
         """The name of what a linear layer gives: the sum with its bias. `path` is the model's."""
-        bias = self.model.graph.initializers[f"{TRANSFORMER_PREFIX}{path}.bias"]
-        (use,) = bias.uses()
-        return _name(use.node.outputs[0])
+        return _name(self._sums[f"{TRANSFORMER_PREFIX}{path}"])
+
+    def layer_input(self, path: str) -> str:
+        """The name of what it is given, before it is smoothed and rounded to codes: the first value
+        on the way back that is of no linear layer, or what another one gives. Layers share such
+        nodes."""
+        value = self._source(self._sums[f"{TRANSFORMER_PREFIX}{path}"])
+        ends = set(self._sums.values())
+        while value not in ends and (node := value.producer()) is not None:
+            if str(node.name).split("/")[0] not in self._sums:
+                break
+            value = self._source(value)
+        return _name(value)
+
+    def _source(self, value: ir.Value) -> ir.Value:
+        """What a node computes it from, beside weights and scales."""
+        node = value.producer()
+        for source in () if node is None else node.inputs:
+            if source is not None and source not in self._constants:
+                return source
+        raise AssertionError(f"{value.name} is made of weights alone")
+
+    @cached_property
+    def _constants(self) -> set[ir.Value]:
+        """Initializers, and what is computed from them alone."""
+        found = set(self.model.graph.initializers.values())
+        for node in self.model.graph:
+            if all(value is None or value in found for value in node.inputs):
+                found.update(node.outputs)
+        return found
+
+    @cached_property
+    def _sums(self) -> dict[str, ir.Value]:
+        """What each linear layer gives, by its path in the file."""
+        found = {}
+        for name, bias in self.model.graph.initializers.items():
+            if name.endswith(".bias"):
+                (use,) = bias.uses()
+                found[name.removesuffix(".bias")] = use.node.outputs[0]
+        return found
 
     def with_outputs(self, names: Iterable[str]) -> bytes:
         """The graph, whose only outputs are these values."""

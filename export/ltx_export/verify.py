@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ltx_engines.bundle import open_bundle
+from ltx_engines.bundle import Precision, open_bundle
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
-from ltx_export import calibration, denoising, ladder, onnx_bundle, pipeline_defaults
+from ltx_export import calibration, convert, denoising, ladder, onnx_bundle, pipeline_defaults
 from ltx_export.bisection import Mixture, Parts, swapped
 from ltx_export.denoising import Inputs, OnDevice, Walk, Weights
 from ltx_export.graph_following import Follower
@@ -194,34 +194,44 @@ Graphed = tuple[Graph | None, tuple[Skipped, ...], str | None]
 
 
 def _graph(checked: Checked, scratch: Path) -> Generator[str, None, Graphed]:
-    order, skipped, coverage = checked.order, list[Skipped](), None
-    given = None if order.bundle is None else Graph(open_bundle(order.bundle))
-    if given is not None:
-        given.check(checked.request.stg_mode)
-        coverage = given.covered(checked.layers) if checked.layers else None
-        if (refusal := given.refusal()) is None:
-            return given, (), coverage
-        skipped.append(
-            Skipped("onnx", f"{given.path} is {refusal}: climbed with a float32 export instead")
-        )
-    packed = any(layer.format == "nvfp4" for layer in checked.layers.values())
-    export = onnx_bundle.Order(
-        order.checkpoint,
-        scratch / "bundle",
+    """Coverage is counted where the codes are: in the given bundle, else in an export of the file
+    as it is. A float32 twin is climbed if that is for GPUs only."""
+    order, formats = checked.order, {layer.format for layer in checked.layers.values()}
+    if order.bundle is not None:
+        graph = Graph(open_bundle(order.bundle))
+        graph.check(checked.request.stg_mode)
+    elif "nvfp4" in formats:
+        graph = yield from _exported(checked, scratch / "own", None, 23)
+    elif convert.kind(checked.header).name == "fp8_plain":  # float32 would widen it
+        graph = yield from _exported(checked, scratch / "own", None, None)
+    else:
+        graph = yield from _exported(checked, scratch / "own", "float32", 20)
+    coverage = graph.covered(checked.layers) if checked.layers else None
+    if (refusal := graph.refusal()) is None:
+        return graph, (), coverage
+    if "nvfp4" in formats:
+        return None, (Skipped("onnx", "nvfp4 is computed by TensorRT alone, on SM120"),), coverage
+    twin = yield from _exported(checked, scratch / "twin", "float32", 20)
+    why = f"{graph.path} is {refusal}: a float32 export was climbed instead"
+    return twin, (Skipped("onnx", why),), coverage
+
+
+def _exported(
+    checked: Checked, out: Path, precision: Precision | None, opset: onnx_bundle.Opset | None
+) -> Generator[str, None, Graph]:
+    order = onnx_bundle.Order(
+        checked.header.path,
+        out,
         stages=("transformer",),
         stg_mode=checked.request.stg_mode,
-        precision=None if packed else "float32",
-        opset=23 if packed else 20,
+        precision=precision,
+        opset=opset,
         weights="refer",
-        ignore_config_keys=order.ignore_config_keys,
+        ignore_config_keys=checked.order.ignore_config_keys,
     )
-    for step in onnx_bundle.write(export):
+    for step in onnx_bundle.write(order):
         yield f"exporting: {step}"
-    made = Graph(open_bundle(export.out))
-    coverage = coverage or (made.covered(checked.layers) if checked.layers else None)
-    if packed:
-        return None, (Skipped("onnx", "nvfp4 is computed by TensorRT alone, on SM120"),), coverage
-    return made, tuple(skipped), coverage
+    return Graph(open_bundle(out))
 
 
 def _walk(checked: Checked) -> Walk:

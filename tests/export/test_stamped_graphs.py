@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ltx_engines.bundle import StageEntry
 from ltx_export import cli, lower, templates, weights
 from ltx_export.element_types import settle
 from ltx_export.graphs import Graphs, Model, traced
@@ -198,9 +199,10 @@ def slice_of_2b(path: Path) -> Model:
 
 def session(path: Path) -> onnxruntime.InferenceSession:
     """As the runtime opens it: nothing is repacked."""
+    entry = StageEntry(file=path.name, inputs=(), outputs=())
     return onnxruntime.InferenceSession(
         path,
-        onnxruntime_session._options(onnxruntime, 2),
+        onnxruntime_session._options(onnxruntime, 2, entry),
         providers=["CPUExecutionProvider"],
         disabled_optimizers=[onnxruntime_session.FOLDING],
     )
