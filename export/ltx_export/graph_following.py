@@ -61,8 +61,16 @@ class Follower:
             worst = _worse(worst, self._worst(chosen, [*front, *rest[:begin][-1:], *chosen]))
         return worst
 
-    def worst_layer(self, block: str) -> Part:
+    def worst_layer(self) -> Generator[str, None, Part]:
         """The linear layer of a block that is farthest from the graph's, given its input there."""
+        found: list[Part] = []
+        for index in range(len(self.reference.transformer_blocks)):
+            yield f"following: layers of block {index}"
+            found[:] = [_worse(self._worst_layer(f"{BLOCKS}.{index}"), *found)]
+        (worst,) = found
+        return worst
+
+    def _worst_layer(self, block: str) -> Part:
         paths = [path for path in linear_layers(self.reference) if path.startswith(f"{block}.")]
         entrances = {path: self.graph.layer_input(path) for path in paths}
         exits = {path: self.graph.layer_output(path) for path in paths}

@@ -24,8 +24,8 @@ from ltx_engines.shapes import VideoShape
 from ltx_export import calibration, convert, denoising, ladder, onnx_bundle, pipeline_defaults
 from ltx_export.bisection import Mixture, Parts, swapped
 from ltx_export.denoising import Inputs, OnDevice, Walk, Weights
-from ltx_export.graph_following import Follower
-from ltx_export.ladder import Bounds, Culprit, Outputs, Pair, Report, Row, Rung, Skipped
+from ltx_export.graph_following import Follower, Part
+from ltx_export.ladder import Bounds, Culprit, Output, Outputs, Pair, Report, Row, Rung, Skipped
 from ltx_export.onnx_transformer import Graph, OnnxTransformer
 from ltx_export.pipeline_defaults import Pipeline
 from ltx_ref import quantization, quantized
@@ -39,9 +39,8 @@ from ltx_ref.tensor_file import TensorFile
 
 ENGINE = Skipped(
     "engine",
-    "there is no TensorRT engine of this checkpoint, which a CUDA GPU and an engine builder would "
-    "have to make; what TensorRT's builder does with the graph is seen without a GPU in "
-    "tests/export/test_rtx_quantized.py",
+    "there is no TensorRT engine of this checkpoint; that takes a CUDA GPU and an engine builder, "
+    "which this version does not have",
 )
 
 
@@ -132,7 +131,7 @@ def run(order: Order) -> Generator[str, None, Report]:
         yield from climb.up(graph)
         culprit = None
         if (broken := ladder.first_broken(climb.rows)) is not None:
-            culprit = yield from climb.culprit(broken, graph)
+            culprit = yield from climb.culprit(broken)
     return Report(checked.facts(), tuple(climb.rows), (*skipped, ENGINE), coverage, culprit)
 
 
@@ -276,7 +275,7 @@ class Climb:
             self._compare({"quantized": found}, checked.pair("quantized", yardstick))
         if graph is not None:
             yield "onnx"
-            self.rows.append((yield from self._follow(graph)))
+            yield from self._follow(graph)
             found, _ = self.walk.outputs(OnnxTransformer(graph), torch.float32)
             self._compare({"onnx": found}, checked.pair("onnx", checked.twin))
             if checked.layers:
@@ -289,15 +288,18 @@ class Climb:
         with self.checked.weights(self.checked.twin).opened() as transformer:
             yield Follower(graph, transformer, self.first)
 
-    def _follow(self, graph: Graph) -> Generator[str, None, Row]:
-        """The worst block of the graph, each given the same inputs."""
+    def _follow(self, graph: Graph) -> Generator[str, None, None]:
+        """The worst layer and the worst block of the graph, each given the same inputs."""
         with self._followed(graph) as follower:
-            worst = yield from follower.worst_block()
-        pair = Pair("onnx", self.checked.twin, {"blocks": self.checked.bounds["onnx.blocks"]})
-        (row,) = ladder.compare(
-            pair, {"blocks": worst.graph.numpy()}, {"blocks": worst.own.numpy()}
-        )
-        return replace(row, place=worst.path)
+            layer = yield from follower.worst_layer()
+            block = yield from follower.worst_block()
+        worst: dict[Output, Part] = {"layers": layer, "blocks": block}
+        for output, part in worst.items():
+            pair = Pair("onnx", self.checked.twin, {output: self.checked.bounds[f"onnx.{output}"]})
+            found, wanted = {output: part.graph.numpy()}, {output: part.own.numpy()}
+            self.rows += [
+                replace(row, place=part.path) for row in ladder.compare(pair, found, wanted)
+            ]
 
     def _torch(self, rung: Rung) -> tuple[Outputs, Inputs]:
         weights = self.checked.weights(rung)
@@ -309,19 +311,12 @@ class Climb:
         rows = ladder.compare(pair, self.outputs[pair.rung], self.outputs[pair.against])
         self.rows.extend(rows)
 
-    def culprit(self, broken: Row, graph: Graph | None) -> Generator[str, None, Culprit | None]:
+    def culprit(self, broken: Row) -> Generator[str, None, Culprit | None]:
         """What takes the rung over its bound."""
-        if broken.rung == "onnx":
-            if graph is None or broken.place is None:
-                return None
-            if broken.place.startswith(f"{quantized.BLOCKS}."):
-                yield "following: its layers"
-                with self._followed(graph) as follower:
-                    worst = follower.worst_layer(broken.place)
-                if not worst.distance <= broken.bound.limit:
-                    return Culprit(worst.path, worst.distance)
         if broken.place is not None:
             return Culprit(broken.place, broken.distance)
+        if broken.rung == "onnx":
+            return None
         return (yield from self._mixed(broken))
 
     def _mixed(self, broken: Row) -> Generator[str, None, Culprit]:
