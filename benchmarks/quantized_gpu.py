@@ -34,11 +34,20 @@ def main() -> int:
         print(json.dumps({"skipped": reason}))
         return 0
     found = {model: measure(model, asked.shape, asked.steps) for model in asked.models.split(",")}
-    shares = {model: share(rows) for model, rows in found.items()}
-    met = all(value <= MOST_OF_BF16 for model, value in shares.items() if model == "13b" and value)
+    verdict = met(found)
     facts = {"machine": report.machine(), "shape": asked.shape, "models": found}
-    print(json.dumps({**facts, "fp8_cast_of_bf16": shares, "met": met}))
-    return 0 if met else 1
+    shares = {model: share(rows) for model, rows in found.items()}
+    print(json.dumps({**facts, "fp8_cast_of_bf16": shares, "met": verdict}))
+    return 0 if verdict else 1
+
+
+def met(found: dict[str, dict[str, Any]]) -> bool:
+    """Every variant ran, with the GPU's own products where its format has them, and 13B, if it was
+    asked for, is as small as it should be."""
+    rows = [row for model in found.values() for row in model.values()]
+    ran = all("failed" not in row and "fake" not in row.get("kernels", ()) for row in rows)
+    part = share(found["13b"]) if "13b" in found else None
+    return bool(rows) and ran and (part is None or part <= MOST_OF_BF16)
 
 
 def missing() -> str | None:
@@ -78,7 +87,7 @@ def line(row: dict[str, Any]) -> str:
 
 def share(rows: dict[str, Any]) -> float | None:
     """Peak memory of fp8-cast over that of bf16."""
-    if any("failed" in rows[name] for name in ("bf16", "fp8-cast")):
+    if any("peak" not in rows.get(name, {}) for name in ("bf16", "fp8-cast")):
         return None
     part: float = rows["fp8-cast"]["peak"] / rows["bf16"]["peak"]
     return round(part, 3)

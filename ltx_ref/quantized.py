@@ -30,6 +30,10 @@ E4M3_MAX, E2M1_MAX, INT8_MAX = 448.0, 6.0, 127.0
 SMALLEST = 2.0**-100
 """A unit of zeros, as the quantizer has it: anything above 0."""
 
+NO_NVFP4 = (
+    "there is no kernel for them in torch here, so float32 products are made; speed is not measured"
+)
+
 ROWS = 4096
 """Activations multiplied at a time: float32 and int32 twins of them are in memory meanwhile."""
 
@@ -132,8 +136,10 @@ def choose(
     a CPU. And why a GPU's own unit for the format is not it, where that is so."""
     if form not in CALIBRATED:
         return "weight only", None
-    if capability is None or form == "nvfp4":
+    if capability is None:
         return "fake", None
+    if form == "nvfp4":
+        return "fake", NO_NVFP4
     if form == "int8":
         if capability < (7, 5):
             return "fake", _refusal("torch._int_mm", "compute capability 7.5", capability)
@@ -320,11 +326,22 @@ def _empty(form: Format, n: int, k: int) -> dict[str, Tensor]:
             return {"weight": weight, **scales}
 
 
-def cast_weight(weight: Tensor, form: Cast) -> Tensor:
-    """The codes of a float weight, where it is."""
+def cast_weight(weight: Tensor, form: Cast, name: str) -> Tensor:
+    """The codes of some rows of a float weight of this name, where they are.
+
+    Raises:
+        CheckpointError: the format ends before the largest of them, or one is not a number.
+    """
     if form != "fp8-cast":
         raise ValueError(f"{form} is no cast")
-    return weight.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    if weight.numel() and not weight.is_meta:
+        low, high = (float(end) for end in weight.aminmax())  # and no abs(): a copy of the rows
+        if not -E4M3_MAX <= low <= high <= E4M3_MAX:
+            raise CheckpointError(
+                f"{name} reaches {low if -low > high else high:g}, {form} ends at {E4M3_MAX:g}; "
+                "quantize it to fp8, or load it without a cast"
+            )
+    return weight.to(torch.float8_e4m3fn)
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -341,7 +358,8 @@ def install(model: nn.Module, layers: Mapping[str, Layer], prefix: str = "") -> 
     Raises:
         CheckpointError: the model has no linear layer of that shape there; nothing was changed.
     """
-    places = {path: _linear(model, layer, prefix) for path, layer in layers.items()}
+    modules = dict(model.named_modules())
+    places = {path: _linear(modules, layer, prefix) for path, layer in layers.items()}
     for path, (parent, name, linear) in places.items():
         rows, columns = layers[path].shape
         with linear.weight.device:
@@ -356,10 +374,11 @@ def install(model: nn.Module, layers: Mapping[str, Layer], prefix: str = "") -> 
         parent.register_module(name, quantized)
 
 
-def _linear(model: nn.Module, layer: Layer, prefix: str) -> tuple[nn.Module, str, nn.Linear]:
-    """The parent, the name in it, and the layer."""
+def _linear(
+    modules: Mapping[str, nn.Module], layer: Layer, prefix: str
+) -> tuple[nn.Module, str, nn.Linear]:
+    """The parent, the name in it, and the layer, of a model's modules by path."""
     path = layer.path.removeprefix(prefix)
-    modules = dict(model.named_modules())
     linear = modules.get(path)
     if not layer.path.startswith(prefix) or not isinstance(linear, nn.Linear):
         raise CheckpointError(

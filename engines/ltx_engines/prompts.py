@@ -6,9 +6,9 @@ from ltx_engines.errors import UserError
 
 
 def read(path: Path) -> tuple[str, ...]:
-    """Blank lines and lines that begin with # are left out."""
+    """Blank lines and lines that begin with # are left out. Only a line feed ends a line."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not a text in UTF-8 (byte {error.start}); write one prompt on each line"

@@ -17,7 +17,7 @@ from ltx_ref.quantized import linears
 
 
 class NotFiniteError(Exception):
-    """Some layer's input, which the message names, has a number that is not finite."""
+    """Numbers that are not finite: the message says which."""
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def _maxima(layers: Mapping[str, nn.Module]) -> Ranges:
 
 def _check_finite(path: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     if not inputs[0].isfinite().all():
-        raise NotFiniteError(path)
+        raise NotFiniteError(f"NaN or infinity in the input of {path}, from something before it")
 
 
 def _modelopt() -> tuple[Any, Any]:

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -29,23 +28,28 @@ from ltx_engines import prompts as prompt_file
 from ltx_engines.bundle import StgMode
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape, snap
-from ltx_export import calibration, pipeline_defaults
+from ltx_export import calibration, convert, denoising, devices, foreign, pipeline_defaults
 from ltx_export.activation_ranges import NotFiniteError, watched
 from ltx_export.calibration import Calibration, Ranges
 from ltx_export.pipeline_defaults import Pipeline
 from ltx_export.plan_question import largest
+from ltx_export.unfinished import begun, check_place, held
 from ltx_ref import text
 from ltx_ref.checkpoint import Header, read_header
 from ltx_ref.ltx_video import model as ltx_video
-from ltx_ref.ltx_video.config import TRANSFORMER_PREFIX, ModelConfig, SchedulerConfig
-from ltx_ref.ltx_video.guidance import Guidance, Prompts
+from ltx_ref.ltx_video.config import TRANSFORMER_PREFIX, ModelConfig
+from ltx_ref.ltx_video.guidance import Prompts
 from ltx_ref.ltx_video.model import LTXVideo
 from ltx_ref.ltx_video.pipeline import Draw, Request, Step, denoise, levels
 from ltx_ref.offload import offloaded
 from ltx_ref.quantization import layers
+from ltx_ref.quantized import linears
 
 PACKAGES = ("torch", "nvidia-modelopt", "ltx-trt")
 """Whose version may be in the numbers."""
+
+LAST_SEED = 2**63 - 1
+"""torch knows more, and a clip's decoder wants seeds above its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,8 @@ class Plan:
 
     order: Order
     header: Header
-    config: ModelConfig
+    inputs: Mapping[str, int]
+    """Of each layer that is to be watched."""
     negative_prompt: str
     max_length: int
     runs: tuple[Run, ...]
@@ -99,6 +104,11 @@ class Plan:
     @property
     def steps(self) -> int:
         return sum(run.steps for run in self.runs)
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights, as safetensors says it."""
+        return self.header.tensors[f"{TRANSFORMER_PREFIX}proj_out.weight"].dtype
 
     def texts(self) -> tuple[str, ...]:
         """All that are to be encoded, each once."""
@@ -145,17 +155,24 @@ def run(order: Order) -> Iterator[str]:
     """
     yield "reading"
     calibration.check_packages()
-    _check_out(order)
-    plan = check(order)
-    facts = facts_of(plan)
-    before = _before(order, facts)
-    done = 0 if before is None else before.facts["done"]
+    with held(order.out):
+        check_place(order.out, overwrite=order.overwrite)
+        plan = check(order)
+        yield from _calibrated(plan, facts_of(plan))
+
+
+def _calibrated(plan: Plan, facts: Mapping[str, Any]) -> Iterator[str]:
+    out, done = plan.order.out, 0
+    ranges: Ranges = {}
+    if out.exists() and not plan.order.overwrite:
+        before = begun(out, facts, plan.inputs)
+        done, ranges = before.facts["done"], before.ranges
     if done == len(plan.runs):
         return
     encoded = yield from encode(plan)
     yield "loading"
     with session(plan, encoded) as ready, watched(ready.model) as seen:
-        yield from _seen_runs(ready, seen, {} if before is None else before.ranges, facts, done)
+        yield from _seen_runs(ready, seen, ranges, facts, done)
 
 
 def _seen_runs(
@@ -180,19 +197,25 @@ def _seen_runs(
 def _finite(ready: Session, clip: Run) -> Iterator[Step]:
     """
     Raises:
-        UserError: a layer was given something that is not a number.
+        UserError: a layer was given something that is not a number, or the latents became so.
     """
     made = 0
     try:
         for step in ready.steps(clip):
+            if not step.latents.isfinite().all():
+                raise NotFiniteError("NaN or infinity in the latents, from the last layers")
             made += 1
             yield step
     except NotFiniteError as error:
-        raise UserError(
-            f"{error} was given NaN or infinity in step {made + 1} of {clip.steps} of "
-            f"{clip.prompt!r} at {said(clip.shape)}; the weights are damaged, or their element "
-            "type is too narrow: calibrate the bfloat16 checkpoint"
-        ) from None
+        where = f"step {made + 1} of {clip.steps} of {clip.prompt!r} at {said(clip.shape)}"
+        raise UserError(f"{where}: {error}; {_advice(ready.plan)}") from None
+
+
+def _advice(plan: Plan) -> str:
+    damaged = "the weights, or the text encoder's, are damaged: download them again"
+    if plan.dtype != "F16":
+        return damaged
+    return f"float16 is too narrow, so take a wider checkpoint, or {damaged}"
 
 
 @contextmanager
@@ -216,65 +239,68 @@ def check(order: Order) -> Plan:
     Raises:
         UserError, CheckpointError: something is.
     """
+    foreign.check_gguf(order.checkpoint)
     header = read_header(order.checkpoint)
-    for path, layer in layers(header).items():
-        raise UserError(
-            f"{order.checkpoint} is quantized already ({path} is {layer.format}); calibrate the "
-            "bfloat16 checkpoint"
-        )
+    _check_float(header)
     model = ltx_video.skeleton(header, order.ignore_config_keys)
     ltx_video.check_fit(model, header)
-    config = model.config
-    pipeline = pipeline_defaults.read(order.pipeline_config, config, order.stg_mode)
-    config = replace(config, scheduler=SchedulerConfig(**pipeline.scheduler.model_dump()))
-    _check_width(order, config)
-    known = prompt_file.read(order.prompts)
+    _check_width(order, model.config)
+    pipeline = pipeline_defaults.read(order.pipeline_config, model.config, order.stg_mode)
     usual = pipeline.defaults
     shapes = order.shapes or (snap(usual.num_frames, usual.height, usual.width),)
-    requests = [
-        (shape, _request(order, pipeline, config, shape)) for shape in dict.fromkeys(shapes)
-    ]
+    prompts = _prompts(order)
     runs = tuple(
         Run(prompt, shape, order.seed + index, request)
-        for shape, request in requests
-        for index, prompt in enumerate(known[: order.first])
+        for shape, request in _requests(order, pipeline, model.config, shapes)
+        for index, prompt in enumerate(prompts)
     )
-    negative = usual.negative_prompt if order.negative_prompt is None else order.negative_prompt
-    device = _device(order.device)
-    return Plan(order, header, config, negative, pipeline.max_length, runs, device)
+    return Plan(
+        order,
+        header,
+        {path: layer.in_features for path, layer in linears(model)},
+        usual.negative_prompt if order.negative_prompt is None else order.negative_prompt,
+        pipeline.max_length,
+        runs,
+        devices.choose(order.device),
+    )
 
 
-def _request(order: Order, pipeline: Pipeline, config: ModelConfig, shape: VideoShape) -> Request:
-    """The configuration's run, at that shape, with its sigmas written out."""
-    usual = pipeline.defaults
-    if order.steps is not None and usual.timesteps is not None:
+def _check_float(header: Header) -> None:
+    convert.check_kind(header, "cannot be calibrated")
+    for path, layer in layers(header).items():
         raise UserError(
-            f"--steps {order.steps}: this model's {len(usual.timesteps)} noise levels are given by "
-            "name; leave --steps out"
+            f"{header.path} is quantized already ({path} is {layer.format}); calibrate what it "
+            "was made from"
         )
-    request = Request(
-        num_frames=shape.frames,
-        height=shape.height,
-        width=shape.width,
-        frame_rate=usual.frame_rate,
-        num_inference_steps=order.steps or usual.num_inference_steps,
-        skip_final_inference_steps=usual.skip_final_inference_steps if order.steps is None else 0,
-        timesteps=usual.timesteps,
-        sampler="stochastic" if usual.stochastic_sampling else "euler",
-        guidance=Guidance(
-            guidance_scale=usual.guidance_scale,
-            stg_scale=usual.stg_scale,
-            rescaling_scale=usual.rescaling_scale,
-            skip_block_list=usual.skip_block_list or (),
-            guidance_timesteps=usual.guidance_timesteps,
-            cfg_star_rescale=usual.cfg_star_rescale,
-        ),
-        stg_mode=pipeline.stg_mode,
-    )
-    try:
-        return replace(request, timesteps=levels(config, request)[:-1])
-    except ValueError as error:
-        raise UserError(f"{order.pipeline_config or order.checkpoint}: {error}") from None
+
+
+def _requests(
+    order: Order, pipeline: Pipeline, config: ModelConfig, shapes: tuple[VideoShape, ...]
+) -> Iterator[tuple[VideoShape, Request]]:
+    """The configuration's run at each shape, with its sigmas written out."""
+    for shape in dict.fromkeys(shapes):
+        request, scheduled = denoising.request(pipeline, shape, order.steps, config)
+        yield shape, replace(request, timesteps=levels(scheduled, request)[:-1])
+
+
+def _prompts(order: Order) -> tuple[str, ...]:
+    """
+    Raises:
+        UserError: the file has fewer, or they have no seeds.
+    """
+    known = prompt_file.read(order.prompts)
+    if order.first is not None and not 1 <= order.first <= len(known):
+        raise UserError(
+            f"--first {order.first}: {order.prompts} has {len(known)} prompts; give fewer, or "
+            "leave --first out"
+        )
+    chosen = known[: order.first]
+    if not 0 <= order.seed <= LAST_SEED - len(chosen) + 1:
+        raise UserError(
+            f"--seed {order.seed}: the seeds of {len(chosen)} prompts are to lie from 0 to "
+            f"{LAST_SEED}; choose a smaller one"
+        )
+    return chosen
 
 
 def facts_of(plan: Plan) -> dict[str, Any]:
@@ -296,8 +322,8 @@ def facts_of(plan: Plan) -> dict[str, Any]:
         "sampler": request.sampler,
         "guidance": asdict(request.guidance),
         "stg_mode": request.stg_mode,
-        "dtype": plan.header.tensors[f"{TRANSFORMER_PREFIX}proj_out.weight"].dtype,
-        "device": _named(plan.device),
+        "dtype": plan.dtype,
+        "device": devices.name(plan.device),
         "offload_blocks": order.offload_blocks,
         "collector": "ModelOpt MaxCalibrator, a maximum for each input (axis -1)",
         "versions": {name: _version(name) for name in PACKAGES},
@@ -336,32 +362,6 @@ def session(plan: Plan, encoded: Encoded) -> Iterator[Session]:
         yield Session(model, plan, encoded)
 
 
-def _before(order: Order, facts: Mapping[str, Any]) -> Calibration | None:
-    """What an earlier command of the same order has done.
-
-    Raises:
-        UserError: what is there is of another order.
-    """
-    if not order.out.exists() or order.overwrite:
-        return None
-    before = calibration.load(order.out)
-    for key in facts.keys() - {"done"}:
-        if before.facts.get(key) != facts[key]:
-            was, now = shorten(repr(before.facts.get(key)), 80), shorten(repr(facts[key]), 80)
-            raise UserError(
-                f"{order.out} was begun with other {key}: {was}, now {now}; give --overwrite, or "
-                "another --out"
-            )
-    return before
-
-
-def _check_out(order: Order) -> None:
-    if not order.out.parent.is_dir():
-        raise UserError(f"{order.out.parent} is no folder; make it, or choose another --out")
-    if order.out.exists():
-        calibration.load(order.out)  # anything else is not to be replaced
-
-
 def _check_width(order: Order, config: ModelConfig) -> None:
     width = text.read_text_config(text.encoder_folder(order.text_encoder)).d_model
     if width != config.transformer.caption_channels:
@@ -369,25 +369,6 @@ def _check_width(order: Order, config: ModelConfig) -> None:
             f"{order.text_encoder} has embeddings of width {width}, {order.checkpoint} wants "
             f"{config.transformer.caption_channels}; give the encoder that belongs to it"
         )
-
-
-def _device(word: str | None) -> torch.device:
-    if word is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(word)
-    except RuntimeError:
-        raise UserError(f"--device {word!r} is not known to torch; try cuda or cpu") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {word}: torch sees no CUDA GPU here; try cpu")
-    return device
-
-
-def _named(device: torch.device) -> str:
-    """With what its sums depend on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def _drawing(device: torch.device, seed: int) -> Draw:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ltx_engines import hashes
 from ltx_engines.errors import UserError
 from ltx_export import convert, derive
-from ltx_ref.checkpoint import Header, TensorInfo, read_header
+from ltx_ref.checkpoint import CheckpointError, Header, TensorInfo, read_header
 
 METADATA = "ltx_trt.calibration"
 """Key of the file's metadata: the JSON object of the facts."""
@@ -43,6 +43,10 @@ class Calibration:
     path: Path
     ranges: Ranges
     facts: Mapping[str, Any]
+
+
+class DamagedError(UserError):
+    """A file that may have been a calibration, and cannot be read as one."""
 
 
 def check_packages() -> None:
@@ -86,15 +90,24 @@ def load(path: Path) -> Calibration:
     """Whatever is done of a calibration.
 
     Raises:
-        UserError, CheckpointError: it is none.
+        DamagedError: it cannot be read.
+        UserError: it is something else.
     """
-    header = read_header(path)
+    try:
+        header = read_header(path)
+    except CheckpointError:
+        raise DamagedError(
+            f"{path} is cut short, damaged, or no safetensors file; calibrate again with "
+            "--overwrite"
+        ) from None
     facts = _facts(header)
     ranges = {}
     with path.open("rb") as file:
         for name, info in header.tensors.items():
             if not name.endswith(AMAX) or info.dtype != "F32" or len(info.shape) != 1:
-                raise UserError(f"{path}: {name} is no range of a layer; calibrate again")
+                raise DamagedError(
+                    f"{path}: {name} is no range of a layer; calibrate again with --overwrite"
+                )
             ranges[name.removesuffix(AMAX)] = convert.read(file, info).astype(np.float32)
     return Calibration(path, MappingProxyType(ranges), facts)
 
@@ -129,13 +142,26 @@ def check(ranges: Ranges, where: str) -> None:
     Raises:
         UserError: a layer's range is not finite and positive.
     """
+    check_numbers(ranges, where)
     for layer, amax in ranges.items():
-        if not np.isfinite(amax).all() or amax.min(initial=0) < 0:
-            raise UserError(f"{where}: {layer} has a range that is no finite number from 0")
         if not amax.max(initial=0) > 0:
             raise UserError(
                 f"{where}: {layer} has only ever seen zeros, which gives no range; calibrate with "
                 "other prompts, or more of them"
+            )
+
+
+def check_numbers(ranges: Ranges, where: str) -> None:
+    """What holds before all runs are done, too.
+
+    Raises:
+        UserError: a number can be no maximum.
+    """
+    for layer, amax in ranges.items():
+        if not np.isfinite(amax).all() or amax.min(initial=0) < 0:
+            raise UserError(
+                f"{where}: {layer} has a range that is no finite number from 0; calibrate again "
+                "with --overwrite"
             )
 
 
@@ -167,12 +193,14 @@ def _facts(header: Header) -> Mapping[str, Any]:
     try:
         facts = json.loads(text)
         done, runs, checkpoint = facts["done"], facts["runs"], facts["checkpoint"]
-        if facts["format_version"] != FORMAT or not 0 <= done <= runs or "bytes" not in checkpoint:
+        if facts["format_version"] != FORMAT or not 0 <= done <= runs:
+            raise ValueError
+        if not isinstance(checkpoint, dict) or "bytes" not in checkpoint:
             raise ValueError
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise UserError(
+        raise DamagedError(
             f"{header.path}: its metadata {METADATA} is not what this ltx-export calibrate writes; "
-            "calibrate again"
+            "calibrate again with --overwrite"
         ) from None
     return MappingProxyType(facts)
 

@@ -128,9 +128,15 @@ def request(
     """What the model's defaults say, for this clip; the configuration with the schedule in use.
 
     Raises:
-        UserError: the model does not know these steps.
+        UserError: the model does not know these steps, or its noise levels are given by name and
+            the steps are counted, or the guidance contradicts itself.
     """
     defaults = pipeline.defaults
+    if steps is not None and defaults.timesteps is not None:
+        raise UserError(
+            f"--steps {steps}: this model's {len(defaults.timesteps)} noise levels are given by "
+            "name; leave --steps out"
+        )
     made = Request(
         num_frames=shape.frames,
         height=shape.height,
@@ -138,7 +144,7 @@ def request(
         frame_rate=defaults.frame_rate,
         num_inference_steps=steps or defaults.num_inference_steps,
         skip_final_inference_steps=0 if steps else defaults.skip_final_inference_steps,
-        timesteps=None if steps else defaults.timesteps,
+        timesteps=defaults.timesteps,
         sampler="stochastic" if defaults.stochastic_sampling else "euler",
         guidance=_guidance(defaults),
         stg_mode=pipeline.stg_mode,
@@ -147,7 +153,9 @@ def request(
     try:
         levels(scheduled, made)
     except ValueError as error:
-        raise UserError(f"{error}; leave out --steps for the model's own") from None
+        if steps is None:
+            raise UserError(f"the pipeline's configuration: {error}") from None
+        raise UserError(f"--steps {steps}: {error}; leave --steps out") from None
     return made, scheduled
 
 

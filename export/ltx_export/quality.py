@@ -117,6 +117,14 @@ class Minima:
     ssim: float | None = None
     psnr: float | None = None
 
+    def __post_init__(self) -> None:
+        for option, limit, most in (
+            ("ssim", self.ssim, 1.0),
+            ("psnr", self.psnr, metrics.PSNR_CAP),
+        ):
+            if limit is not None and not limit <= most:
+                raise UserError(f"--min-{option} is {limit:g}, wanted a number up to {most:g}")
+
     def missed(self, comparison: Comparison) -> list[str]:
         """A sentence for each limit that a bundle misses."""
         limits = {"SSIM": self.ssim, "PSNR": self.psnr}
@@ -247,6 +255,8 @@ def _check_defaults(order: Order) -> None:
     for bundle in order.bundles:
         if os.path.samefile(bundle, order.reference):
             raise UserError(f"{bundle} is the reference itself; name another bundle")
+        if sum(os.path.samefile(bundle, other) for other in order.bundles) > 1:
+            raise UserError(f"{bundle} is named twice; name each bundle once")
         found = open_bundle(bundle).manifest.defaults
         for key in _differing(found, wanted, config):
             raise UserError(

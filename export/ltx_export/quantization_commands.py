@@ -1,26 +1,63 @@
 """The commands that make a model smaller and prove that it is still the same model."""
 
+import re
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 
-from ltx_engines.errors import UserError
 from ltx_export.console import check_packages, follow
 
 T = TypeVar("T")
 
 
+MOST = 2**63 - 1
+"""The largest seed of torch's and of numpy's generators alike."""
+
+
+def _known_device(word: str | None) -> str | None:
+    if word is not None and not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", word):
+        raise typer.BadParameter(f"{word!r} is none; give cpu, cuda or cuda:N")
+    return word
+
+
+SEEDS = typer.Option(min=0, max=MOST, help="Of the first prompt; each next one has the next.")
+TEXT_ENCODER = typer.Option(help="T5 as on Hugging Face: config.json, safetensors, tokenizer.")
+DEVICE = typer.Option(
+    callback=_known_device, help="cpu, cuda or cuda:N; else cuda if there is one."
+)
+
+Original = Annotated[Path, typer.Argument(help="The original .safetensors, not quantized.")]
+Prompts = Annotated[Path, typer.Option(help="A text file, one prompt on each line.")]
+Known = Annotated[
+    Path | None, typer.Option(help="Ranges of activations, from ltx-export calibrate.")
+]
+Shapes = Annotated[
+    list[str],
+    typer.Option(metavar="WxHxF", help="A clip; may be repeated; else the model's usual."),
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Of a run; else the model's usual.")]
+First = Annotated[int | None, typer.Option(min=1, help="Only so many prompts of the file.")]
+PipelineConfig = Annotated[
+    Path | None, typer.Option(help="An original ltxv-*.yaml: schedule and guidance.")
+]
+NegativePrompt = Annotated[str | None, typer.Option(help="Else the usual one.")]
+OffloadBlocks = Annotated[
+    bool, typer.Option("--offload-blocks", help="Hold one block's weights at a time.")
+]
+IgnoreKeys = Annotated[
+    list[str], typer.Option(help="A key of the checkpoint's configuration to pass over.")
+]
+
+
 def quantize(  # noqa: PLR0913 - options of a command
-    checkpoint: Annotated[Path, typer.Argument(help="The original .safetensors, not quantized.")],
+    checkpoint: Original,
     recipe: Annotated[
         str, typer.Option(help="fp8, int8, fp8-cast, int8-wo, int4-wo, nvfp4, or a FILE.toml.")
     ],
     out: Annotated[Path, typer.Option(help="The quantized .safetensors.")],
-    calibration: Annotated[
-        Path | None, typer.Option(help="Ranges of activations, from ltx-export calibrate.")
-    ] = None,
+    calibration: Known = None,
     sensitivity: Annotated[
         Path | None, typer.Option(help="Errors of layers, from ltx-export sensitivity.")
     ] = None,
@@ -33,122 +70,68 @@ def quantize(  # noqa: PLR0913 - options of a command
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Run the model on these, one on each line, for what is not given."),
+        typer.Option(
+            help="Run the model on these, one on each line, for what is not given; how, say the "
+            "options from --text-encoder to --ignore-config-key."
+        ),
     ] = None,
-    text_encoder: Annotated[
-        Path | None, typer.Option(help="For --prompts: T5 as on Hugging Face.")
-    ] = None,
-    shape: Annotated[
-        list[str],
-        typer.Option(metavar="WxHxF", help="For --prompts: a clip; may be repeated."),
-    ] = [],  # noqa: B006 - typer copies it
-    steps: Annotated[int | None, typer.Option(min=1, help="For --prompts: of a run.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="For --prompts: of the first one.")] = 0,
-    first: Annotated[
-        int | None, typer.Option(min=1, help="For --prompts: only so many of the file.")
-    ] = None,
-    pipeline_config: Annotated[
-        Path | None, typer.Option(help="For --prompts: an original ltxv-*.yaml.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="For --prompts: cuda if there is one, else cpu.")
-    ] = None,
-    offload_blocks: Annotated[
-        bool, typer.Option("--offload-blocks", help="For --prompts: one block's weights at a time.")
-    ] = False,
+    text_encoder: Annotated[Path | None, TEXT_ENCODER] = None,
+    shape: Shapes = [],  # noqa: B006 - typer copies it
+    steps: Steps = None,
+    seed: Annotated[int | None, SEEDS] = None,
+    first: First = None,
+    pipeline_config: PipelineConfig = None,
+    negative_prompt: NegativePrompt = None,
+    device: Annotated[str | None, DEVICE] = None,
+    offload_blocks: OffloadBlocks = False,
+    ignore_config_key: IgnoreKeys = [],  # noqa: B006 - typer copies it
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a file that is there.")
+        bool, typer.Option("--overwrite", help="Replace files that are there.")
     ] = False,
 ) -> None:
     """Write the checkpoint with linear layers as codes and scales, as a recipe says."""
     check_packages("quantize")
-    from ltx_export import calibration as ranges
-    from ltx_export import exclusions, foreign, recipes
-    from ltx_export import quantize as quantizing
-    from ltx_ref.checkpoint import read_header
+    from ltx_export import exclusions, quantization_order
 
+    runs = quantization_order.Runs(
+        prompts,
+        text_encoder,
+        shapes=tuple(shape),
+        steps=steps,
+        seed=seed,
+        first=first,
+        pipeline_config=pipeline_config,
+        negative_prompt=negative_prompt,
+        device=device,
+        offload_blocks=offload_blocks,
+        ignore_config_keys=tuple(ignore_config_key),
+    )
     wish = exclusions.Wish(max_error, target_ssim, sensitivity)
-    foreign.check_gguf(checkpoint)
-    header, chosen = read_header(checkpoint), recipes.load(recipe)
-    quantizing.check_out(checkpoint, out, overwrite)
-    quantizing.fit(header, chosen)
-    exclusions.check(wish, header, chosen, runs=prompts is not None)
-    runs = None
-    if prompts is not None:
-        calibrates = chosen.calibrated and calibration is None
-        if text_encoder is None or not (calibrates or wish.measures):
-            raise UserError(
-                "--prompts is for a recipe that quantizes activations, without --calibration, and "
-                "for choosing layers; it wants --text-encoder FOLDER"
-            )
-        ranges.check_packages()
-        from ltx_export import calibrate as calibrating
-
-        runs = calibrating.Order(
-            checkpoint,
-            text_encoder,
-            prompts,
-            out.with_suffix(".calibration.safetensors"),
-            shapes=tuple(calibrating.shape_of(word) for word in shape),
-            steps=steps,
-            seed=seed,
-            first=first,
-            pipeline_config=pipeline_config,
-            device=device,
-            offload_blocks=offload_blocks,
-        )
-        if calibrates:
-            follow(calibrating.run(runs))
-            calibration = runs.out
-    found = None if calibration is None else ranges.read(calibration, header)
-    if wish:
-        question = exclusions.Question(header, chosen, found, runs, out.absolute().parent)
-        choice = followed(exclusions.choose(wish, question))
-        chosen = choice.recipe
-        typer.echo(choice.sentence)
-    plan = quantizing.plan(header, chosen, found)
-    seconds = follow(quantizing.write(plan, out, overwrite=overwrite))
-    for line in quantizing.summary(read_header(out)):
+    order = quantization_order.Order(checkpoint, recipe, out, calibration, wish, runs, overwrite)
+    seconds, done = followed(quantization_order.run(order))
+    for line in quantization_order.lines(done, out, seconds):
         typer.echo(line)
-    before, after = checkpoint.stat().st_size, out.stat().st_size
-    typer.echo(f"{out}: {after:,} bytes, {after / before:.1%} of before, in {seconds:.1f} s")
 
 
 def calibrate(  # noqa: PLR0913 - options of a command
-    checkpoint: Annotated[Path, typer.Argument(help="The original .safetensors, not quantized.")],
-    text_encoder: Annotated[Path, typer.Option(help="T5 as on Hugging Face.")],
-    prompts: Annotated[Path, typer.Option(help="A text file, one prompt on each line.")],
+    checkpoint: Original,
+    text_encoder: Annotated[Path, TEXT_ENCODER],
+    prompts: Prompts,
     out: Annotated[
         Path, typer.Option(help="The ranges, a .safetensors; one that is not finished goes on.")
     ],
-    shape: Annotated[
-        list[str],
-        typer.Option(metavar="WxHxF", help="A clip; may be repeated; else the model's usual."),
-    ] = [],  # noqa: B006 - typer copies it
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Of a run; else the model's usual.")
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Of the first prompt; each next one has the next.")
-    ] = 0,
-    first: Annotated[
-        int | None, typer.Option(min=1, help="Only so many prompts of the file.")
-    ] = None,
-    pipeline_config: Annotated[
-        Path | None, typer.Option(help="An original ltxv-*.yaml: schedule and guidance.")
-    ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="Else the usual one.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda if there is one, else cpu.")] = None,
-    offload_blocks: Annotated[
-        bool, typer.Option("--offload-blocks", help="Hold one block's weights at a time.")
-    ] = False,
+    shape: Shapes = [],  # noqa: B006 - typer copies it
+    steps: Steps = None,
+    seed: Annotated[int, SEEDS] = 0,
+    first: First = None,
+    pipeline_config: PipelineConfig = None,
+    negative_prompt: NegativePrompt = None,
+    device: Annotated[str | None, DEVICE] = None,
+    offload_blocks: OffloadBlocks = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Begin again, whatever is there.")
     ] = False,
-    ignore_config_key: Annotated[
-        list[str],
-        typer.Option(help="A key of the checkpoint's configuration to pass over."),
-    ] = [],  # noqa: B006 - typer copies it
+    ignore_config_key: IgnoreKeys = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Make clips with the reference, and write down how large the activations become."""
     check_packages("calibrate")
@@ -182,39 +165,24 @@ def calibrate(  # noqa: PLR0913 - options of a command
 
 
 def sensitivity(  # noqa: PLR0913 - options of a command
-    checkpoint: Annotated[Path, typer.Argument(help="The original .safetensors, not quantized.")],
-    text_encoder: Annotated[Path, typer.Option(help="T5 as on Hugging Face.")],
-    prompts: Annotated[Path, typer.Option(help="A text file, one prompt on each line.")],
-    calibration: Annotated[
-        Path | None, typer.Option(help="Ranges of activations, from ltx-export calibrate.")
-    ] = None,
+    checkpoint: Original,
+    text_encoder: Annotated[Path, TEXT_ENCODER],
+    prompts: Prompts,
+    calibration: Known = None,
     formats: Annotated[
         str, typer.Option(help="Recipes to measure, with commas; a FILE.toml is one too.")
     ] = "fp8,int8,fp8-cast,int8-wo",
-    shape: Annotated[
-        list[str],
-        typer.Option(metavar="WxHxF", help="A clip; may be repeated; else the model's usual."),
-    ] = [],  # noqa: B006 - typer copies it
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Of a run; else the model's usual.")
-    ] = None,
+    shape: Shapes = [],  # noqa: B006 - typer copies it
+    steps: Steps = None,
     sample_steps: Annotated[
         int, typer.Option(min=1, help="Of each run, measure so many, evenly spaced.")
     ] = 4,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Of the first prompt; each next one has the next.")
-    ] = 0,
-    first: Annotated[
-        int | None, typer.Option(min=1, help="Only so many prompts of the file.")
-    ] = None,
-    pipeline_config: Annotated[
-        Path | None, typer.Option(help="An original ltxv-*.yaml: schedule and guidance.")
-    ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="Else the usual one.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda if there is one, else cpu.")] = None,
-    offload_blocks: Annotated[
-        bool, typer.Option("--offload-blocks", help="Hold one block's weights at a time.")
-    ] = False,
+    seed: Annotated[int, SEEDS] = 0,
+    first: First = None,
+    pipeline_config: PipelineConfig = None,
+    negative_prompt: NegativePrompt = None,
+    device: Annotated[str | None, DEVICE] = None,
+    offload_blocks: OffloadBlocks = False,
     out: Annotated[
         Path | None, typer.Option(help="All errors as JSON, for ltx-export quantize.")
     ] = None,
@@ -222,16 +190,21 @@ def sensitivity(  # noqa: PLR0913 - options of a command
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files that are there.")
     ] = False,
-    ignore_config_key: Annotated[
-        list[str],
-        typer.Option(help="A key of the checkpoint's configuration to pass over."),
-    ] = [],  # noqa: B006 - typer copies it
+    ignore_config_key: IgnoreKeys = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Measure the error that each format causes in each layer, in real runs of the model."""
     check_packages("sensitivity")
     from ltx_export import sensitivity_report
 
-    sensitivity_report.check(out, plot, overwrite=overwrite)
+    inputs = {
+        "the checkpoint": checkpoint,
+        "the text encoder": text_encoder,
+        "--prompts": prompts,
+        "--calibration": calibration,
+        "--pipeline-config": pipeline_config,
+    }
+    given = {what: path for what, path in inputs.items() if path is not None}
+    sensitivity_report.check(out, plot, given, overwrite=overwrite)
     from ltx_export import sensitivity as measuring
     from ltx_export.calibrate import Order, shape_of
     from ltx_export.plan_report import console
@@ -251,10 +224,9 @@ def sensitivity(  # noqa: PLR0913 - options of a command
         offload_blocks=offload_blocks,
         ignore_config_keys=tuple(ignore_config_key),
     )
-    scratch = None if out is None else out.absolute().parent
-    chosen = measuring.recipes_of(formats)
+    scratch, chosen = out and out.absolute().parent, measuring.recipes_of(formats)
     order = measuring.Order(runs, chosen, calibration, sample_steps, scratch)
-    found = followed(measuring.measure(order))
+    _, found = followed(measuring.measure(order))
     sensitivity_report.show(found, console())
     if out is not None:
         sensitivity_report.save(found, out)
@@ -267,7 +239,8 @@ def quality(  # noqa: PLR0913 - options of a command
     reference: Annotated[Path, typer.Option(help="The bundle that they shall equal.")],
     prompts: Annotated[Path, typer.Option(help="A text file, one prompt on each line.")],
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the first clip; each next one has the next.")
+        int | None,
+        typer.Option(min=0, max=MOST, help="Of the first clip; each next one has the next."),
     ] = None,
     pipeline_config: Annotated[
         Path | None, typer.Option(help="An original ltxv-*.yaml, for all of them.")
@@ -297,17 +270,12 @@ def quality(  # noqa: PLR0913 - options of a command
         pipeline_config=pipeline_config,
         scratch=None if out is None else out.absolute().parent,
     )
-    found: list[measuring.Quality] = []
-
-    def steps() -> Iterator[str]:
-        found.append((yield from measuring.run(order)))
-
-    seconds = follow(steps())
-    typer.echo("\n".join(quality_report.table(found[0])))
+    seconds, found = followed(measuring.run(order))
+    typer.echo("\n".join(quality_report.table(found)))
     if out is not None:
-        quality_report.write(found[0], out, measuring.command(order), minima)
-    typer.echo(f"{len(bundles)} measured on {len(found[0].strips)} clips in {seconds:.1f} s")
-    missed = [line for each in found[0].comparisons for line in minima.missed(each)]
+        quality_report.write(found, out, measuring.command(order), minima)
+    typer.echo(f"{len(bundles)} measured on {len(found.strips)} clips in {seconds:.1f} s")
+    missed = [line for each in found.comparisons for line in minima.missed(each)]
     if missed:
         typer.echo("\n".join(missed), err=True)
         raise typer.Exit(1)
@@ -315,17 +283,15 @@ def quality(  # noqa: PLR0913 - options of a command
 
 def verify(  # noqa: PLR0913 - options of a command
     checkpoint: Annotated[Path, typer.Argument(help="A quantized .safetensors, or a float one.")],
-    text_encoder: Annotated[
-        Path, typer.Option(help="T5 as on Hugging Face: config.json, safetensors, tokenizer.")
-    ],
+    text_encoder: Annotated[Path, TEXT_ENCODER],
     prompt: Annotated[str, typer.Option(help="What the clip shows.")],
     shape: Annotated[str, typer.Option(metavar="WxHxF", help="The clip, e.g. 704x480x25.")],
     original: Annotated[
         Path | None,
         typer.Option(help="What CHECKPOINT was quantized from; else the file beside it."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Else the model's usual.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    steps: Steps = None,
+    seed: Annotated[int, typer.Option(min=0, max=MOST, help="Of the noise.")] = 0,
     bundle: Annotated[
         Path | None, typer.Option(help="Its bundle; else one is exported and thrown away.")
     ] = None,
@@ -333,17 +299,13 @@ def verify(  # noqa: PLR0913 - options of a command
         list[str],
         typer.Option(metavar="NAME=VALUE", help="As in quantized.velocity=0.05; may be repeated."),
     ] = [],  # noqa: B006 - typer copies it
-    pipeline_config: Annotated[
-        Path | None, typer.Option(help="An original ltxv-*.yaml: guidance and schedule.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="Of the rungs in torch: cpu or cuda.")] = "cpu",
-    offload_blocks: Annotated[
-        bool, typer.Option("--offload-blocks", help="One block's weights in memory at a time.")
-    ] = False,
+    pipeline_config: PipelineConfig = None,
+    device: Annotated[
+        str, typer.Option(callback=_known_device, help="Of the rungs in torch: cpu, cuda, cuda:N.")
+    ] = "cpu",
+    offload_blocks: OffloadBlocks = False,
     json: Annotated[Path | None, typer.Option(help="A file for all figures.")] = None,
-    ignore_config_key: Annotated[
-        list[str], typer.Option(help="A key of the configuration to pass over; may be repeated.")
-    ] = [],  # noqa: B006 - typer copies it
+    ignore_config_key: IgnoreKeys = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Run one seed in float32, bfloat16, quantized and as ONNX, and name what breaks, down to the
     layer; exit code 1 if a rung exceeds its bound."""
@@ -370,16 +332,11 @@ def verify(  # noqa: PLR0913 - options of a command
         offload_blocks=offload_blocks,
         ignore_config_keys=tuple(ignore_config_key),
     )
-    found: list[ladder.Report] = []
-
-    def climb() -> Iterator[str]:
-        found.append((yield from climbing.run(order)))
-
-    follow(climb())
-    ladder_report.show(found[0], ladder_report.console())
+    _, found = followed(climbing.run(order))
+    ladder_report.show(found, ladder_report.console())
     if json is not None:
-        ladder_report.save(found[0], json)
-    if found[0].broken is not None:
+        ladder_report.save(found, json)
+    if found.broken is not None:
         raise typer.Exit(1)
 
 
@@ -387,12 +344,12 @@ COMMANDS: tuple[Callable[..., None], ...] = (calibrate, sensitivity, quantize, v
 """In the order of the help."""
 
 
-def followed(work: Generator[str, None, T]) -> T:
-    """Show the work's steps, and return what it returns."""
+def followed(work: Generator[str, None, T]) -> tuple[float, T]:
+    """Show the work's steps; its seconds, and what it returns."""
     found: list[T] = []
 
     def steps() -> Iterator[str]:
         found.append((yield from work))
 
-    follow(steps())
-    return found[0]
+    seconds = follow(steps())
+    return seconds, found[0]

@@ -29,6 +29,9 @@ BLOCKS: Mapping[Format, int] = {"int4-wo": INT4_BLOCK, "nvfp4": NVFP4_BLOCK}
 """Inputs that share a scale: what a layer's inputs must be a multiple of."""
 
 WEIGHTS = frozenset({"F32", "F16", "BF16"})
+BLOCKS_OF = f"{TRANSFORMER_PREFIX}transformer_blocks."
+"""What the paths of layers that may be quantized begin with: codes elsewhere nobody reads."""
+
 STORED: Mapping[Format, str] = {
     **{"fp8": "F8_E4M3", "fp8-cast": "F8_E4M3", "int8": "I8", "int8-wo": "I8"},
     **{"int4-wo": "U8", "nvfp4": "U8"},
@@ -56,7 +59,7 @@ class QuantizationPlan:
 def plan(header: Header, recipe: Recipe, found: Calibration | None = None) -> QuantizationPlan:
     """
     Raises:
-        UserError: as `fit`, or a range of activations is missing or is none.
+        UserError: as `fit`, or a range of activations is missing, or not wanted.
     """
     rules = fit(header, recipe)
     ranges = _ranges(header, recipe, recipes.formats(rules), found)
@@ -76,6 +79,11 @@ def fit(header: Header, recipe: Recipe) -> dict[str, Rule]:
         clipping.check_packages()
     rules = recipes.decide(recipe, linear_layers(header))
     for path, form in recipes.formats(rules).items():
+        if not path.startswith(BLOCKS_OF):
+            raise UserError(
+                f"recipe {recipe.name}: {path} would become {form}, and only layers of "
+                f"transformer_blocks can be quantized; add a rule in front to keep it"
+            )
         _check_weight(header, path, form)
     return rules
 
@@ -119,7 +127,8 @@ def _ranges(
     formats: Mapping[str, Format],
     found: Calibration | None,
 ) -> dict[str, Vector]:
-    """Of all layers that read one tensor, the largest."""
+    """Of all layers that read one tensor, the largest. That each fits its layer and is a range has
+    `calibration.read` checked."""
     wanted = [path for path, form in formats.items() if form in CALIBRATED]
     if found is None:
         if wanted:
@@ -132,28 +141,13 @@ def _ranges(
         raise UserError(
             f"recipe {recipe.name} quantizes no activations; leave out the calibration {found.path}"
         )
-    own = {path: _range(header, path, found) for path in wanted}
+    for path in wanted:
+        if path not in found.ranges:
+            raise UserError(f"{found.path}: {path} was never reached; calibrate again")
     return {
-        path: np.max([own[other] for other in shared(path, own)], axis=0).astype(np.float32)
+        path: np.max([found.ranges[other] for other in shared(path, wanted)], axis=0)
         for path in wanted
     }
-
-
-def _range(header: Header, path: str, known: Calibration) -> Vector:
-    inputs = header.tensors[f"{path}.weight"].shape[1]
-    found = known.ranges.get(path)
-    problem = None
-    if found is None:
-        problem = "was never reached"
-    elif found.shape != (inputs,):
-        problem = f"has ranges of shape {list(found.shape)}, wanted {[inputs]}"
-    elif not np.isfinite(found).all():
-        problem = "has a range that is not a finite number"
-    elif found.min() < 0 or found.max() <= 0:
-        problem = f"has a range of {found.min():g} to {found.max():g}, wanted one above 0"
-    if found is None or problem:
-        raise UserError(f"{known.path}: {path} {problem}; calibrate again")
-    return np.asarray(found, np.float32)
 
 
 def shared(path: str, paths: Collection[str]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ layer: nothing larger than some rows of one weight is in memory.
     fit(header, recipe)               -> a rule for each layer, before anything is calibrated
     plan(header, recipe, calibration) -> what will be where; every check that needs no weight
     write(plan, out)                  -> the file, atomically, and a line for each layer
-    summary(header)                   -> what is quantized in it, counted from the file itself
+    summary(plan, header)             -> what is quantized in the file, of what was to be
 
 How the layers lie in the file says `ltx_ref.quantization`, how codes are made `codes.py`. Every
 other tensor is copied byte by byte.
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ltx_engines.errors import UserError
-from ltx_export import clipping, codes, convert, derive, recipes
+from ltx_export import clipping, codes, convert, derive, outputs
 from ltx_export.codes import Rows, Vector
 from ltx_export.quantization_plan import (
     QuantizationPlan,
@@ -38,22 +38,22 @@ from ltx_ref import quantization
 from ltx_ref.checkpoint import Header, TensorInfo, read_header
 from ltx_ref.quantization import CALIBRATED
 
-__all__ = ["QuantizationPlan", "check_out", "fit", "linear_layers", "plan", "summary", "write"]
+__all__ = ["QuantizationPlan", "fit", "linear_layers", "plan", "summary", "write"]
 
 PIECE = 1 << 20
 """Weights in memory at once: 4 MiB in float32, and about ten such arrays."""
 
 
 def write(plan: QuantizationPlan, out: Path, *, overwrite: bool = False) -> Generator[str]:
-    """Write the quantized checkpoint; it appears at `out` when it is complete and was read again.
+    """Write the quantized checkpoint; it appears at `out` when it is complete and its header, not
+    its numbers, was read again.
 
     Raises:
-        UserError: `out` is there already, the disk is full, or a weight is not a finite number.
+        UserError: `out` is there already or its folder is not, the disk is full, a number is not
+            finite, or is too large for its format.
     """
-    check_out(plan.source.path, out, overwrite)
+    outputs.check(out, {"the checkpoint": plan.source.path}, overwrite=overwrite)
     derive.check_unchanged(plan.source)
-    with derive.told(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
     derive.check_room(out, derive.size(plan.target))
     partial = out.with_name(f".{out.name}.{uuid4().hex[:8]}.partial")
     try:
@@ -72,43 +72,24 @@ def write(plan: QuantizationPlan, out: Path, *, overwrite: bool = False) -> Gene
         partial.unlink(missing_ok=True)
 
 
-def summary(header: Header) -> Iterator[str]:
-    """How many layers of a file are quantized, of those that its recipe lists, and what is kept.
+def summary(plan: QuantizationPlan, header: Header) -> Iterator[str]:
+    """How many layers of a file are quantized, of those for which the recipe has a format, and
+    what it keeps.
 
     Raises:
-        CheckpointError: the file is not what its recipe says.
+        CheckpointError: the file is not what it says of itself.
     """
-    written = quantization.provenance(header)
-    if written is None:
-        raise ValueError(f"{header.path} was not written by ltx-export quantize")
     found = quantization.layers(header)
     counts = Counter(layer.format for layer in found.values())
-    listed = f"{sum(counts.values())} of {len(written['layers'])} linear layers"
+    listed = f"{sum(counts.values())} of {len(plan.formats)} linear layers"
     if len(counts) == 1:
         yield f"Quantized {listed} to {next(iter(counts))}"
     else:
         formats = ", ".join(f"{count} to {form}" for form, count in counts.most_common())
         yield f"Quantized {listed}: {formats}"
-    rules = recipes.decide(recipes.parse(written["recipe"], ""), linear_layers(header))
-    for rule, count in Counter(rule for rule in rules.values() if rule.format == KEEP).items():
+    kept = (rule for rule in plan.rules.values() if rule.format == KEEP)
+    for rule, count in Counter(kept).items():
         yield f"Kept {count} of {rule.layers}: {rule.why}"
-
-
-def check_out(source: Path, out: Path, overwrite: bool) -> None:
-    """
-    Raises:
-        UserError: there is something that may not be replaced.
-    """
-    if not os.path.lexists(out):
-        return
-    if out.exists() and out.samefile(source):
-        raise UserError(f"--out {out} is the checkpoint itself; choose another name")
-    if out.is_dir():
-        raise UserError(
-            f"--out {out} is a folder; give a file's name, as in {out}/ltxv.safetensors"
-        )
-    if not overwrite:
-        raise UserError(f"{out} is already there; give --overwrite, or choose another --out")
 
 
 def _copied(file: BinaryIO, made: BinaryIO, plan: QuantizationPlan) -> Iterator[str]:
@@ -125,6 +106,10 @@ def _copied(file: BinaryIO, made: BinaryIO, plan: QuantizationPlan) -> Iterator[
         made.seek(plan.target.tensors[name].begin)
         for begin in range(0, count, PIECE):
             piece = convert.read(file, info, begin, min(begin + PIECE, count))
+            if info.dtype in convert.NUMPY and not np.isfinite(piece).all():
+                raise UserError(
+                    f"{plan.source.path}: {name} has NaN or infinity; download it again"
+                )
             done += made.write(piece.view(np.uint8).data)
         yield f"{what}: {100 * done // max(total, 1)} %"
 
@@ -166,6 +151,8 @@ def _write_layer(
         _put(made, tensors[f"{path}.weight_scale_2"], 0, codes.weight_scale_2(float(largest)))
     for begin, rows in _rows(file, plan.source, f"{path}.weight"):
         smooth = codes.smoothed(rows, pre)
+        if form == "fp8-cast":
+            _check_castable(plan, path, rows)
         clip = clipping.best(smooth, form) if is_clipped(plan.recipe, form) else largest
         coded = codes.encode(smooth, form, clip)
         _put(made, tensors[f"{path}.weight"], begin, coded.weight)
@@ -176,6 +163,19 @@ def _write_layer(
         _put(made, tensors[f"{path}.input_scale"], 0, scale)
     if pre is not None:
         _put(made, tensors[f"{path}.pre_quant_scale"], 0, pre)
+
+
+def _check_castable(plan: QuantizationPlan, path: str, rows: Rows) -> None:
+    """A cast alone has no scale that would bring a large number into e4m3.
+
+    Raises:
+        UserError: one is beyond it.
+    """
+    if (largest := np.abs(rows).max()) > codes.E4M3_MAX:
+        raise UserError(
+            f"{plan.source.path}: {path}.weight reaches {largest:g}, fp8-cast ends at "
+            f"{codes.E4M3_MAX:g}; choose fp8, or keep the layer in the recipe"
+        )
 
 
 def _rows(file: BinaryIO, header: Header, name: str) -> Iterator[tuple[int, Rows]]:

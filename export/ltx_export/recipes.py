@@ -8,15 +8,17 @@
     layers = "transformer_blocks.*"  the layer's name, with * and ? and [0-9]
     format = "int8"                  or keep
     why = "nearly all weights"
+    added = true                     only of a layer that a command kept: rules behind need no other
 
 Every linear layer of the transformer must be decided about, and every rule must decide about one.
 """
 
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -45,16 +47,18 @@ class Rule:
     layers: str
     format: Format | Literal["keep"]
     why: str
+    added: bool = False
+    """`without` put it in front: it may take the last layer of a rule that comes later."""
 
     def matches(self, path: str) -> bool:
-        return any(
-            fnmatchcase(name, self.layers) for name in (path, path.removeprefix(TRANSFORMER_PREFIX))
-        )
+        names = (path, path.removeprefix(TRANSFORMER_PREFIX))
+        if not WILD & set(self.layers):
+            return self.layers in names  # hundreds of them would not fit in fnmatch's cache
+        return any(fnmatchcase(name, self.layers) for name in names)
 
-    @property
-    def names_one(self) -> bool:
-        """It is the path of one layer, and no pattern."""
-        return not WILD & set(self.layers)
+    def table(self) -> dict[str, Any]:
+        words = {"layers": self.layers, "format": self.format, "why": self.why}
+        return words | ({"added": True} if self.added else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ class Recipe:
 
     def table(self) -> dict[str, Any]:
         """As TOML and JSON have it; `parse` makes a recipe of it again."""
-        rules = [asdict(rule) for rule in self.rules]
+        rules = [rule.table() for rule in self.rules]
         alpha = {} if self.alpha is None else {"alpha": self.alpha}
         head = {"name": self.name, "description": self.description, "algorithm": self.algorithm}
         return head | alpha | {"rule": rules}
@@ -109,7 +113,15 @@ def load(name: str | Path) -> Recipe:
         raise UserError(f"cannot read the recipe {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not TOML: {error}") from None
-    return parse(table, path.stem, str(path))
+    recipe = parse(table, path.stem, str(path))
+    if not recipe.name.isprintable():
+        raise UserError(f"{str(path)!r} has characters that cannot be shown; rename it")
+    if recipe.name in SHIPPED:
+        raise UserError(
+            f"{path}: {recipe.name!r} is the name of a shipped recipe; give this one another, "
+            f'as in name = "my-{recipe.name}"'
+        )
+    return recipe
 
 
 def parse(table: Mapping[str, Any], name: str, where: str = "") -> Recipe:
@@ -125,11 +137,17 @@ def parse(table: Mapping[str, Any], name: str, where: str = "") -> Recipe:
         place = f"{here}: rule {index + 1}"
         if not isinstance(entry, dict):
             raise UserError(f"{place} must be a table, not {entry!r}")
-        _check_keys(entry, place, _RULE)
+        _check_keys(entry, place, _RULE, optional={"added"})
         rules.append(Rule(**entry))
-    alpha = None if "alpha" not in table else float(table["alpha"])
-    own = table.get("name", name)
+    own, alpha = table.get("name", name), _alpha(table, here)
     return Recipe(own, table["description"], table["algorithm"], alpha, tuple(rules))
+
+
+def _alpha(table: Mapping[str, Any], where: str) -> float | None:
+    try:
+        return None if "alpha" not in table else float(table["alpha"])
+    except OverflowError:
+        raise UserError(f"{where}: alpha must be from 0 to 1, not beyond all numbers") from None
 
 
 def choose(recipe: Recipe, paths: Iterable[str]) -> dict[str, Format]:
@@ -157,18 +175,17 @@ def decide(recipe: Recipe, paths: Iterable[str]) -> dict[str, Rule]:
         UserError: a rule decides about no layer, or no rule decides about a layer, or all are kept.
     """
     listed = tuple(paths)
-    decided: dict[str, Rule] = {}
+    first = _first(recipe.rules, listed)
     for path in listed:
-        rule = next((rule for rule in recipe.rules if rule.matches(path)), None)
-        if rule is None:
+        if path not in first:
             raise UserError(
                 f"recipe {recipe.name}: no rule matches {path}; "
                 f"add one, with a format or with {KEEP!r}"
             )
-        decided[path] = rule
-    for index, rule in enumerate(recipe.rules):
-        if rule not in decided.values():
-            _check_dead(recipe, index, listed)
+    _check_dead(recipe, recipe.rules, listed, lambda rule: rule.added)
+    own = tuple(rule for rule in recipe.rules if not rule.added)
+    _check_dead(recipe, own, listed, lambda rule: not rule.added)
+    decided = {path: recipe.rules[index] for path, index in first.items()}
     if not formats(decided):
         raise UserError(f"recipe {recipe.name} keeps every layer; leave one to be quantized")
     return decided
@@ -176,29 +193,61 @@ def decide(recipe: Recipe, paths: Iterable[str]) -> dict[str, Rule]:
 
 def without(recipe: Recipe, layers: Iterable[str], why: str) -> Recipe:
     """The recipe that keeps these layers as they are as well."""
-    kept = tuple(Rule(path, KEEP, why) for path in layers)
+    kept = tuple(Rule(path, KEEP, why, added=True) for path in layers)
     return replace(recipe, rules=(*kept, *recipe.rules))
 
 
-def _check_dead(recipe: Recipe, index: int, paths: Iterable[str]) -> None:
-    """A rule that earlier ones leave nothing is an error too, but for layers named one by one:
-    these are what `without` puts in front."""
-    rule = recipe.rules[index]
-    matched = [path for path in paths if rule.matches(path)]
-    if not matched:
-        known = (path.removeprefix(TRANSFORMER_PREFIX) for path in paths)
-        raise UserError(
-            f"recipe {recipe.name}: the rule {rule.layers!r} matches none of the model's linear "
-            f"layers{nearest(rule.layers, known)}"
-        )
-    earlier = recipe.rules[:index]
-    for path in matched:
-        first = next(rule for rule in earlier if rule.matches(path))
-        if not first.names_one:
+def _first(rules: Sequence[Rule], paths: Iterable[str]) -> dict[str, int]:
+    """The index of the first rule that matches, of each path that one matches. An index, since two
+    rules may be equal."""
+    found: dict[str, int] = {}
+    for path in paths:
+        index = next((i for i, rule in enumerate(rules) if rule.matches(path)), None)
+        if index is not None:
+            found[path] = index
+    return found
+
+
+def _check_dead(
+    recipe: Recipe, rules: Sequence[Rule], paths: Sequence[str], asked: Callable[[Rule], bool]
+) -> None:
+    """Each of these rules that is asked about must decide about a layer."""
+    first = _first(rules, paths)
+    for index, rule in enumerate(rules):
+        if index in first.values() or not asked(rule):
+            continue
+        matched = next((path for path in paths if rule.matches(path)), None)
+        if matched is None:
             raise UserError(
-                f"recipe {recipe.name}: the rule {rule.layers!r} comes too late, {first.layers!r} "
-                "has decided about all its layers; put it in front of that one"
+                f"recipe {recipe.name}: the rule {rule.layers!r} matches none of the model's "
+                f"linear layers{nearest(*_near(rule.layers, paths))}"
             )
+        raise UserError(
+            f"recipe {recipe.name}: the rule {rule.layers!r} comes too late, "
+            f"{rules[first[matched]].layers!r} has decided about {matched}; put it in front of "
+            "that one, or leave it out"
+        )
+
+
+def _near(pattern: str, paths: Iterable[str]) -> tuple[str, list[str]]:
+    """The pattern, and with names of the model in the place of its own, where it matches one."""
+    pattern = pattern.removeprefix(TRANSFORMER_PREFIX)
+    parts = pattern.split(".")
+    known = [path.removeprefix(TRANSFORMER_PREFIX) for path in paths]
+    split = [name.split(".") for name in known]
+    found = {
+        ".".join(_renamed(*pair) for pair in zip(parts, names, strict=False))
+        for names in split
+        if len(names) >= len(parts)
+    }
+    matching = {near for near in found if any(Rule(near, KEEP, "").matches(n) for n in known)}
+    return pattern, sorted(matching)
+
+
+def _renamed(part: str, name: str) -> str:
+    """A part of a pattern that says this name: itself if it does, else the name and its tail."""
+    stem = len(list(takewhile(lambda letter: letter not in WILD, part)))
+    return part if fnmatchcase(name, part) else name + part[stem:]
 
 
 _RECIPE: Mapping[str, tuple[type, ...]] = {
@@ -208,8 +257,14 @@ _RECIPE: Mapping[str, tuple[type, ...]] = {
     "alpha": (float, int),
     "rule": (list,),
 }
-_RULE: Mapping[str, tuple[type, ...]] = {"layers": (str,), "format": (str,), "why": (str,)}
-_SAID: Mapping[type, str] = {str: "text", float: "a number", list: "a list of [[rule]]"}
+_RULE: Mapping[str, tuple[type, ...]] = {
+    **{"layers": (str,), "format": (str,), "why": (str,)},
+    "added": (bool,),
+}
+_SAID: Mapping[type, str] = {
+    **{str: "text", float: "a number", list: "a list of [[rule]]"},
+    bool: "true or false",
+}
 
 
 def _check_keys(
@@ -221,8 +276,11 @@ def _check_keys(
     for key, value in table.items():
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, known)}")
-        if not isinstance(value, known[key]) or isinstance(value, bool):
+        if type(value) not in known[key]:
             raise UserError(f"{where}: {key} must be {_SAID[known[key][0]]}, not {value!r}")
+        lines = value.split("\n") if key == "description" else [value]
+        if any(isinstance(line, str) and not line.isprintable() for line in lines):
+            raise UserError(f"{where}: {key} has characters that cannot be shown: {value!r}")
     if missing := [key for key in known if key not in table and key not in optional]:
         raise UserError(f"{where}: missing {', '.join(missing)}")
     for key, allowed in (("algorithm", ALGORITHMS), ("format", (KEEP, *FORMATS))):
@@ -235,6 +293,10 @@ def _check_keys(
 
 def _contradiction(recipe: Recipe) -> str | None:
     known = set(recipe.formats)
+    own = [rule for rule in recipe.rules if not rule.added]
+    added = recipe.rules[: len(recipe.rules) - len(own)]
+    if any(not rule.added or rule.format != KEEP or WILD & set(rule.layers) for rule in added):
+        return "rules that are added keep one layer each, in front of all others"
     if not known:
         return "no rule has a format; leave a layer to be quantized"
     if recipe.algorithm == "none" and (ranged := known & CALIBRATED):

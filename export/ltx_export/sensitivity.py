@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from ltx_engines.errors import UserError
 from ltx_export import calibrate, calibration, quantize, recipes
 from ltx_export.calibration import Calibration
-from ltx_export.recipes import KEEP, Recipe
-from ltx_export.sensitivity_report import Errors, Sensitivity, block_path, in_block, place
+from ltx_export.recipes import Recipe
+from ltx_export.sensitivity_report import Errors, Sensitivity, block_path, place
 from ltx_ref.checkpoint import Header, read_header
 from ltx_ref.ltx_video.config import TransformerConfig
 from ltx_ref.ltx_video.transformer import Block, Transformer
@@ -355,12 +355,7 @@ def check(header: Header, chosen: Sequence[Recipe]) -> None:
     """Before anything runs.
 
     Raises:
-        UserError: a recipe does not fit, or quantizes a layer that is in no block.
+        UserError: a recipe does not fit.
     """
     for recipe in chosen:
-        for path, rule in quantize.fit(header, recipe).items():
-            if rule.format != KEEP and not in_block(path):
-                raise UserError(
-                    f"recipe {recipe.name}: {path} is in no block, where errors are measured; "
-                    "keep it, or choose what else to keep by hand"
-                )
+        quantize.fit(header, recipe)

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ltx_engines.errors import UserError
+from ltx_export import outputs
 from ltx_ref.ltx_video.config import TRANSFORMER_PREFIX
 from ltx_ref.quantization import FORMATS, Format
 
@@ -81,10 +82,6 @@ class Place:
 
     block: int
     kind: str
-
-
-def in_block(path: str) -> bool:
-    return _IN_BLOCK.fullmatch(path) is not None
 
 
 def place(path: str) -> Place:
@@ -163,7 +160,6 @@ def _appear(path: Path, make: Callable[[Path], object]) -> None:
     """Under another name first; its suffix is the same, which tells matplotlib the format."""
     partial = path.with_name(f".{path.stem}.{uuid4().hex[:8]}.partial{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         make(partial)
         os.replace(partial, path)
     except OSError as error:
@@ -282,24 +278,23 @@ PACKAGES = ("safetensors", "torch", "transformers")
 """What runs the reference."""
 
 
-def check(out: Path | None, picture: Path | None, *, overwrite: bool) -> None:
+def check(
+    out: Path | None, picture: Path | None, inputs: Mapping[str, Path], *, overwrite: bool
+) -> None:
     """Everything that is known before anything is measured.
 
     Raises:
-        UserError: something is not installed, a file is there, or its folder is not.
+        UserError: something is not installed, or a file must not or cannot be written.
     """
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise UserError(
             f"ltx-export sensitivity needs {', '.join(missing)}; pip install 'ltx-trt[quantize]'"
         )
-    for option, path in (("--out", out), ("--plot", picture)):
-        if path is not None and path.exists() and not overwrite:
-            raise UserError(
-                f"{path} is already there; give --overwrite, or choose another {option}"
-            )
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"{path.parent} is no folder; make it, or choose another {option}")
+    if out is not None:
+        outputs.check(out, inputs, overwrite=overwrite)
     if picture is not None:
+        others = inputs if out is None else {**inputs, "--out": out}
+        outputs.check(picture, others, overwrite=overwrite, option="--plot")
         check_plot(picture)
 
 

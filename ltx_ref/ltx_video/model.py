@@ -99,7 +99,7 @@ def _load_cast(model: LTXVideo, header: Header, device: torch.device, cast: Cast
                 codes = torch.empty_like(empty, device=device)
                 begin = 0
                 for rows in file.rows(name, device):
-                    codes[begin : begin + len(rows)] = cast_weight(rows, cast)
+                    codes[begin : begin + len(rows)] = cast_weight(rows, cast, name)
                     begin += len(rows)
                 put(model, name, codes)
             else:

@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import gpu_check
 import quantized_gpu
 import quantized_gpu_once as once
 from ltx_engines.shapes import VideoShape
+from ltx_ref.quantization import FORMATS, Format
+from ltx_ref.quantized import choose
 
 TINY = Path(__file__).parents[2] / "runtime/ltx_trt/ltx_tiny/ltx-tiny.safetensors"
 VIDEO = VideoShape(9, 64, 96)
@@ -51,6 +55,40 @@ def test_the_share_is_none_where_a_variant_failed() -> None:
     rows = {"bf16": {"peak": 100}, "fp8-cast": {"peak": 55}}
     assert quantized_gpu.share(rows) == 0.55
     assert quantized_gpu.share({**rows, "bf16": {"failed": "out of memory"}}) is None
+
+
+GOOD = {"peak": 55, "kernels": ["int_mm"]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "met"),
+    [
+        ({"bf16": {"peak": 100}, "fp8-cast": GOOD, "int8": GOOD}, True),
+        ({"bf16": {"peak": 100}, "fp8-cast": GOOD, "int8": {"failed": "out of memory"}}, False),
+        ({"bf16": {"peak": 100}, "fp8-cast": GOOD, "int8": {**GOOD, "kernels": ["fake"]}}, False),
+        ({"bf16": {"peak": 80}, "fp8-cast": GOOD}, False),
+        ({name: {"failed": "out of memory"} for name in ("bf16", "fp8-cast")}, False),
+        ({}, False),
+    ],
+)
+def test_a_variant_that_failed_or_was_imitated_is_not_met(rows: dict[str, Any], met: bool) -> None:
+    assert quantized_gpu.met({"13b": rows}) is met
+
+
+def test_the_kernels_that_a_step_used_are_noted(bfloat16: Path) -> None:
+    once.KERNELS.clear()
+    with torch.no_grad():
+        once.ours("int8", bfloat16, VIDEO)()
+    assert {"fake"} == once.KERNELS  # on a CPU
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("capability", [(7, 5), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_the_check_expects_what_the_layers_choose(
+    form: Format, capability: tuple[int, int]
+) -> None:
+    chosen, _ = choose(form, torch.bfloat16, (2048, 2048), capability)
+    assert gpu_check.expected(form, capability) == chosen
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ from tiny import captions
 ROOT = Path(__file__).resolve().parents[2]
 
 SHAPES = (VideoShape(1, 32, 64), VideoShape(9, 32, 32))
-PROMPTS = ("a red ball", "the green one", "nothing")
+PROMPTS = ("a red ball", "nothing")
 STEPS = 3
 ATTENTIONS = ("attn1", "attn2")
 LINEARS = 10 * LAYERS
@@ -39,14 +40,18 @@ LINEARS = 10 * LAYERS
 
 @pytest.fixture
 def order(files: Files, tmp_path: Path) -> Order:
-    """Six runs of three steps, with CFG and STG."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("# three\n" + "\n".join(PROMPTS))
+    return order_in(tmp_path, files)
+
+
+def order_in(folder: Path, files: Files) -> Order:
+    """Four runs of three steps, with CFG and STG."""
+    prompts = folder / "prompts.txt"
+    prompts.write_text("# two\n" + "\n".join(PROMPTS))
     return Order(
         files.checkpoint,
         files.text_encoder,
         prompts,
-        tmp_path / "small.calibration.safetensors",
+        folder / "small.calibration.safetensors",
         shapes=SHAPES,
         steps=STEPS,
         seed=5,
@@ -65,24 +70,23 @@ def same(one: Ranges, other: Ranges) -> bool:
 @pytest.fixture(scope="module")
 def whole(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Ranges:
     """The ranges of the order when nothing is in its way."""
-    folder = tmp_path_factory.mktemp("whole")
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    given = Order(
-        files.checkpoint,
-        files.text_encoder,
-        folder / "prompts.txt",
-        folder / "whole.safetensors",
-        shapes=SHAPES,
-        steps=STEPS,
-        seed=5,
-        device="cpu",
-    )
+    return calibrated(order_in(tmp_path_factory.mktemp("whole"), files))
+
+
+@pytest.fixture(scope="module")
+def offloaded(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Ranges:
+    """The same with one block in memory."""
+    wish = order_in(tmp_path_factory.mktemp("offloaded"), files)
+    return calibrated(replace(wish, offload_blocks=True))
+
+
+def calibrated(order: Order) -> Ranges:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each test has it
-    for _ in run(given):
+    for _ in run(order):
         pass
     torch.set_num_threads(threads)
-    return ranges(given)
+    return ranges(order)
 
 
 def test_every_linear_layer_of_the_blocks_has_a_range(whole: Ranges) -> None:
@@ -157,10 +161,10 @@ def test_a_pipelines_configuration_decides_about_guidance(order: Order, tmp_path
 
 def test_runs_are_prompts_times_shapes_and_a_prompt_keeps_its_seed(order: Order) -> None:
     plan = calibrate.check(order)
-    assert [(clip.prompt, clip.seed) for clip in plan.runs[:3]] == list(
-        zip(PROMPTS, (5, 6, 7), strict=True)
-    )
-    assert [clip.shape for clip in plan.runs] == [SHAPES[0]] * 3 + [SHAPES[1]] * 3
+    assert [(clip.prompt, clip.seed) for clip in plan.runs] == [
+        *zip(PROMPTS, (5, 6), strict=True)
+    ] * 2
+    assert [clip.shape for clip in plan.runs] == [SHAPES[0]] * 2 + [SHAPES[1]] * 2
     assert [c.prompt for c in calibrate.check(replace(order, first=1)).runs] == [PROMPTS[0]] * 2
 
 
@@ -182,19 +186,10 @@ def test_the_facts_say_on_what_the_ranges_were_seen(order: Order) -> None:
     assert [line for line in lines if line.startswith("calibrating")][-1] == "calibrating: 83 %"
 
 
-# Offloading.
-
-
-def test_offloaded_ranges_are_the_resident_ones(order: Order, whole: Ranges) -> None:
-    for _ in run(replace(order, offload_blocks=True)):
-        pass
-    found = ranges(order)
-    assert found.keys() == whole.keys()
+def test_offloaded_ranges_are_the_resident_ones(offloaded: Ranges, whole: Ranges) -> None:
+    assert offloaded.keys() == whole.keys()
     for path in whole:
-        np.testing.assert_allclose(found[path], whole[path], rtol=1e-4)
-
-
-# Interruption.
+        np.testing.assert_allclose(offloaded[path], whole[path], rtol=1e-4)
 
 
 def stopped(order: Order, after: int) -> None:
@@ -208,22 +203,21 @@ def stopped(order: Order, after: int) -> None:
     lines.close()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("kind", ["whole", "offloaded"])
 def test_an_interrupted_calibration_ends_with_the_same_bits(
-    order: Order, whole: Ranges, offload: bool
+    order: Order, kind: str, request: pytest.FixtureRequest
 ) -> None:
-    order = replace(order, offload_blocks=offload)
-    for after, done in ((4, 1), (5, 2), (3, 3)):
+    order = replace(order, offload_blocks=kind == "offloaded")
+    for after, done in ((4, 1), (5, 2)):
         stopped(order, after)
         assert calibration.load(order.out).facts["done"] == done
     again = list(run(order))
-    assert sum(line.startswith("calibrating") for line in again) == 3 * STEPS
-    if not offload:
-        assert same(ranges(order), whole)
-    else:
-        other = replace(order, out=order.out.with_name("other.safetensors"))
-        list(run(other))
-        assert same(ranges(order), ranges(other))
+    assert sum(line.startswith("calibrating") for line in again) == 2 * STEPS
+    assert same(ranges(order), request.getfixturevalue(kind))
+
+
+def files_beside(order: Order) -> set[str]:
+    return {path.name for path in order.out.parent.iterdir()}
 
 
 def test_a_run_that_is_broken_off_inside_leaves_no_trace(order: Order) -> None:
@@ -233,7 +227,7 @@ def test_a_run_that_is_broken_off_inside_leaves_no_trace(order: Order) -> None:
     before = order.out.read_bytes()
     stopped(order, 1)
     assert order.out.read_bytes() == before
-    assert sorted(p.name for p in order.out.parent.iterdir()) == ["prompts.txt", order.out.name]
+    assert files_beside(order) == {"prompts.txt", order.out.name}
 
 
 KILLED = """
@@ -264,9 +258,11 @@ def test_a_killed_calibration_goes_on_in_another_process(order: Order, whole: Ra
     for _ in run(order):
         pass
     assert same(ranges(order), whole)
+    assert files_beside(order) == {"prompts.txt", order.out.name}
 
 
 def test_a_finished_calibration_is_not_made_again(order: Order) -> None:
+    order = replace(order, first=1, steps=1)
     list(run(order))
     written = order.out.stat().st_mtime_ns
     assert list(run(order)) == ["reading"]
@@ -303,9 +299,6 @@ def test_another_checkpoint_does_not_go_on_with_it(order: Order, tmp_path: Path)
         list(run(replace(order, checkpoint=other)))
 
 
-# What stops it.
-
-
 def changed(order: Order, change: Callable[[dict[str, Tensor]], None]) -> Order:
     tensors = load_file(order.checkpoint)
     change(tensors)
@@ -324,10 +317,34 @@ def test_a_number_that_is_none_stops_with_layer_prompt_and_step(
     def spoil(tensors: dict[str, Tensor]) -> None:
         tensors[LAYER.replace("net.2", "net.0.proj.bias")][3] = number
 
-    pattern = rf"{LAYER} was given NaN or infinity in step 1 of 3 of 'a red ball' at 64x32x1"
-    with pytest.raises(UserError, match=pattern):
+    where = "step 1 of 3 of 'a red ball' at 64x32x1"
+    pattern = rf"{where}: NaN or infinity in the input of {LAYER}, from something before it; "
+    with pytest.raises(UserError, match=pattern) as said:
         list(run(changed(order, spoil)))
+    assert str(said.value).endswith(
+        "the weights, or the text encoder's, are damaged: download them again"
+    )
     assert not order.out.exists()
+
+
+def test_a_number_that_is_none_behind_the_last_layer_is_found(order: Order) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{LAYER}.weight"][0, 0] = torch.nan
+
+    pattern = "step 1 of 1 of 'a red ball' at 64x32x1: NaN or infinity in the latents"
+    with pytest.raises(UserError, match=pattern):
+        list(run(changed(replace(order, steps=1), spoil)))
+    assert not order.out.exists()
+
+
+def test_of_float16_it_is_said_that_it_may_be_too_narrow(order: Order) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name].half()
+        tensors["model.diffusion_model.proj_out.bias"][0] = torch.inf
+
+    with pytest.raises(UserError, match="float16 is too narrow, so take a wider checkpoint, or"):
+        list(run(changed(order, spoil)))
 
 
 def test_a_later_step_is_named_too(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +357,7 @@ def test_a_later_step_is_named_too(order: Order, monkeypatch: pytest.MonkeyPatch
                 self.model.transformer.patchify_proj.bias[0] = torch.nan
 
     monkeypatch.setattr(calibrate.Session, "steps", spoiled)
-    with pytest.raises(UserError, match=r"in step 2 of 3 of 'the green one' at 64x32x1"):
+    with pytest.raises(UserError, match=r"step 2 of 3 of 'nothing' at 64x32x1: NaN or infinity in"):
         list(run(changed(order, lambda _: None)))
     assert calibration.load(order.out).facts["done"] == 1
 
@@ -352,7 +369,7 @@ def test_a_layer_that_only_sees_zeros_stops_it(order: Order) -> None:
 
     with pytest.raises(UserError, match=f"{LAYER} has only ever seen zeros"):
         list(run(changed(order, silence)))
-    assert calibration.load(order.out).facts["done"] == 5
+    assert calibration.load(order.out).facts["done"] == 3
 
 
 def test_a_layer_that_is_never_reached_stops_it(
@@ -402,8 +419,17 @@ def test_named_noise_levels_are_not_counted_anew(order: Order, tmp_path: Path) -
     ("changed", "said"),
     [
         ({"device": "cuda"}, "--device cuda: torch sees no CUDA GPU here; try cpu"),
-        ({"device": "gpu"}, "--device 'gpu' is not known to torch; try cuda or cpu"),
+        ({"device": "gpu"}, "--device 'gpu' is none of cpu, cuda and cuda:N; choose one of them"),
+        ({"device": "meta"}, "--device 'meta' is none of cpu, cuda and cuda:N"),
+        ({"device": "cuda:-1"}, "--device 'cuda:-1' is none of cpu, cuda and cuda:N"),
         ({"out": Path("/nowhere/at/all")}, "/nowhere/at is no folder"),
+        ({"out": Path("/proc/x.safetensors")}, "cannot write /proc/x.safetensors: "),
+        ({"out": ROOT}, "is a folder; give a file's name"),
+        ({"seed": 99999999999999999999}, "--seed 99999999999999999999: the seeds of 2 prompts are"),
+        ({"seed": 2**63 - 1}, f"from 0 to {2**63 - 1}; choose a smaller one"),
+        ({"seed": -1}, "--seed -1: the seeds of 2 prompts"),
+        ({"first": 3}, "--first 3: .*prompts.txt has 2 prompts; give fewer"),
+        ({"first": 0}, "--first 0: "),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(
@@ -415,14 +441,155 @@ def test_what_cannot_be_is_said_before_any_work(
         list(run(replace(order, **changed)))  # type: ignore[arg-type]
 
 
-def test_something_else_is_never_overwritten(order: Order, files: Files, tmp_path: Path) -> None:
+def test_the_last_seed_is_known_to_torch(order: Order) -> None:
+    last = replace(order, seed=2**63 - len(PROMPTS))
+    assert calibrate.check(last).runs[-1].seed == 2**63 - 1
+    with opened(replace(last, first=1, steps=1, shapes=SHAPES[:1])) as session:
+        assert len(list(session.steps(session.plan.runs[0]))) == 1
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_something_else_is_never_overwritten(
+    order: Order, files: Files, tmp_path: Path, overwrite: bool
+) -> None:
     out = tmp_path / "precious.safetensors"
     out.write_bytes(files.checkpoint.read_bytes())
     with pytest.raises(UserError, match="is no calibration"):
+        list(run(replace(order, out=out, overwrite=overwrite)))
+    assert out.read_bytes() == files.checkpoint.read_bytes()
+
+
+def test_a_damaged_calibration_is_replaced_when_that_is_wished(order: Order) -> None:
+    order = replace(order, first=1, steps=1)
+    list(run(order))
+    whole = order.out.read_bytes()
+    for damaged in (b"", whole[:-1], whole[:9], whole.replace(b'\\"runs\\"', b'\\"nuns\\"')):
+        order.out.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"; calibrate again with --overwrite$"):
+            list(run(order))
+        assert order.out.read_bytes() == damaged
+        list(run(replace(order, overwrite=True)))
+        assert order.out.read_bytes() == whole
+
+
+def test_what_is_not_named_as_one_is_not_replaced(order: Order, tmp_path: Path) -> None:
+    out = tmp_path / "diary.txt"
+    out.write_text("dear diary")
+    with pytest.raises(UserError, match=r"no calibration, and not named \.safetensors"):
         list(run(replace(order, out=out, overwrite=True)))
+    assert out.read_text() == "dear diary"
 
 
-# The command.
+def with_ranges(order: Order, change: Callable[[dict[str, NDArray[np.float32]]], None]) -> None:
+    """What is there of the calibration, changed."""
+    found = calibration.load(order.out)
+    numbers = {path: amax.copy() for path, amax in found.ranges.items()}
+    change(numbers)
+    calibration.write(replace(found, ranges=numbers))
+
+
+@pytest.mark.parametrize("done", [1, 2])
+@pytest.mark.parametrize("number", [np.nan, -1.0])
+def test_what_is_gone_on_with_is_sound(order: Order, done: int, number: float) -> None:
+    def spoil(numbers: dict[str, NDArray[np.float32]]) -> None:
+        numbers[LAYER][3] = number
+
+    order = replace(order, first=1, steps=1)
+    stopped(order, done)
+    with_ranges(order, spoil)
+    lines = run(order)
+    assert next(lines) == "reading"
+    with pytest.raises(UserError, match=f"{LAYER} has a range that is no finite number from 0; "):
+        next(lines)
+
+
+def test_a_finished_calibration_of_nothing_but_zeros_is_not_blessed(order: Order) -> None:
+    order = replace(order, first=1, steps=1)
+    list(run(order))
+    with_ranges(order, lambda numbers: numbers[LAYER].fill(0))
+    with pytest.raises(UserError, match=f"{LAYER} has only ever seen zeros"):
+        list(run(order))
+
+
+def test_what_is_gone_on_with_has_the_models_layers(order: Order) -> None:
+    def lose(numbers: dict[str, NDArray[np.float32]]) -> None:
+        del numbers[LAYER]
+
+    def shorten(numbers: dict[str, NDArray[np.float32]]) -> None:
+        numbers[LAYER] = numbers[LAYER][1:]
+
+    def add(numbers: dict[str, NDArray[np.float32]]) -> None:
+        numbers["extra"] = numbers[LAYER]
+
+    order = replace(order, first=1, steps=1)
+    for change, problem in (
+        (lose, f"has no ranges of {LAYER}, wanted 160"),
+        (shorten, f"has 159 ranges of {LAYER}, wanted 160"),
+        (add, "has 160 ranges of extra, wanted none"),
+    ):
+        order.out.unlink(missing_ok=True)
+        stopped(order, 1)
+        with_ranges(order, change)
+        lines = run(order)
+        assert next(lines) == "reading"
+        with pytest.raises(UserError, match=problem):
+            next(lines)
+
+
+def test_of_two_differences_the_first_fact_is_named(order: Order) -> None:
+    stopped(order, 4)
+    other = replace(order, seed=6, steps=4, negative_prompt="dull", stg_mode="attention_skip")
+    with pytest.raises(UserError, match=r"other seeds: \[5, 6\], now \[6, 7\]; give"):
+        list(run(other))
+
+
+def test_two_do_not_calibrate_to_one_file(order: Order) -> None:
+    lines = run(order)
+    assert next(lines) == "reading"
+    assert next(lines) == "encoding prompts"
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="another ltx-export calibrate is at work on") as said:
+            list(run(replace(order, overwrite=overwrite)))
+        assert "\n" not in str(said.value)
+    lines.close()  # type: ignore[attr-defined]
+    assert files_beside(order) == {"prompts.txt"}
+    next(line for line in run(order) if line.startswith("calib"))
+
+
+def test_files_of_other_programs_are_explained(order: Order, tmp_path: Path) -> None:
+    def int8(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{LAYER}.int8_weight"] = torch.zeros(2, 2, dtype=torch.int8)
+
+    def scaled(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{LAYER}.weight"] = tensors[f"{LAYER}.weight"].to(torch.float8_e4m3fn)
+        tensors[f"{LAYER}.weight_scale"] = torch.ones(())
+
+    gguf = tmp_path / "ltxv.gguf"
+    gguf.write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(UserError, match="is a GGUF file"):
+        list(run(replace(order, checkpoint=gguf)))
+    for change, problem in ((int8, "TurboDiffusion's int8"), (scaled, "scaled fp8")):
+        with pytest.raises(UserError, match=f"cannot be calibrated: .*{problem}") as said:
+            list(run(changed(order, change)))
+        assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "problem"),
+    [
+        ("guidance_scale: [3, 1]\n", "guidance_scale is a list, which needs guidance_timesteps"),
+        ("timesteps: [0.5, 0.7]\n", "timesteps must fall"),
+        ("num_inference_steps: 3\nskip_final_inference_steps: 3\n", "cannot skip 0 initial and 3"),
+    ],
+)
+def test_a_configuration_that_contradicts_itself_costs_one_line(
+    order: Order, tmp_path: Path, yaml: str, problem: str
+) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml)
+    with pytest.raises(UserError, match=problem) as said:
+        calibrate.check(replace(order, pipeline_config=path, steps=None))
+    assert "\n" not in str(said.value)
 
 
 def command(order: Order, *more: str) -> int:
@@ -456,9 +623,6 @@ def test_a_wrong_option_costs_one_line(
     complaint = capsys.readouterr().err
     assert said in complaint
     assert len(complaint.splitlines()) == 1
-
-
-# The prompts that are shipped for ltx-tiny.
 
 
 def test_tinys_prompts_are_captions_and_none_twice() -> None:

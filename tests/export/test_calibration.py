@@ -150,6 +150,8 @@ def test_a_checkpoint_is_no_calibration(files: Files) -> None:
         '{"done": 1, "runs": 0, "checkpoint": {"bytes": 1}, "format_version": 1}',
         '{"done": 1, "runs": 1, "checkpoint": {"bytes": 1}, "format_version": 99}',
         '{"done": 1, "runs": 1, "checkpoint": 3, "format_version": 1}',
+        '{"done": 1, "runs": 1, "checkpoint": "bytes", "format_version": 1}',
+        '{"done": 1, "runs": 1, "checkpoint": ["bytes"], "format_version": 1}',
     ],
 )
 def test_other_facts_are_refused(facts: str, tmp_path: Path) -> None:
@@ -174,6 +176,17 @@ def test_other_tensors_are_refused(
     save_file({name: numbers}, path, {METADATA: json.dumps(dict(done.facts))})
     with pytest.raises(UserError, match=f"{name} is no range of a layer"):
         calibration.load(path)
+
+
+@pytest.mark.parametrize("size", [0, 8, 100, -1])
+def test_a_file_that_is_cut_short_is_to_be_made_again(
+    done: Calibration, checkpoint: Header, size: int
+) -> None:
+    path = written(done)
+    path.write_bytes(path.read_bytes()[:size])
+    problem = "is cut short, damaged, or no safetensors file; calibrate again with --overwrite"
+    with pytest.raises(calibration.DamagedError, match=problem):
+        calibration.read(path, checkpoint)
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])

@@ -147,6 +147,14 @@ def test_smoothing_changes_no_product_and_narrows_the_activations() -> None:
     assert (reached * pre).max() / np.median(reached * pre) < spread / 5
 
 
+def test_smoothing_ends_at_modelopts_bounds() -> None:
+    """1e-4 and 1e4, to the nearest bfloat16 number."""
+    reached = np.array([1e-12, 1e-6, 1.0, 1e6, 1e30], np.float32)
+    pre = codes.smoothing(reached, np.array([1.0, 1e4, 1.0, 1e-4, 1.0], np.float32), 0.5)
+    assert pre.tolist() == pytest.approx([1, 1e4, 1, 1e-4, 1e-4], rel=2**-8)
+    assert is_bfloat16(pre)
+
+
 def test_channels_without_activations_are_not_smoothed() -> None:
     reached = amax()
     reached[[2, 5]] = 0, 1e-12
@@ -223,6 +231,23 @@ def test_the_chosen_clip_is_never_worse_than_none_and_better_for_wide_rows(form:
     clipped = errors(codes.layer(rows, form, input_amax=amax(), clip=clip))
     assert (clipped <= plain * (1 + 1e-6)).all()
     assert (clipped < plain * 0.999).any()
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8-wo"])
+def test_a_clip_is_the_best_of_all_that_are_tried(form: Format) -> None:
+    """Each row alone, by its squared error in float64."""
+    rows = np.random.default_rng(3).standard_t(3, (5, 512)).astype(np.float32)
+    shares = np.arange(clipping.LEAST, 1 + clipping.STEP / 2, clipping.STEP)
+    assert len(shares) == 16
+    errors = []
+    for share in shares:
+        clip = (np.abs(rows).max(axis=1) * share).astype(np.float32)
+        parts = codes.layer(rows, form, input_amax=amax(), clip=clip)
+        errors.append(((decoded(parts, form).astype(np.float64) - rows) ** 2).sum(axis=1))
+    best = shares[np.argmin(errors, axis=0)]
+    found = clipping.best(rows, form) / np.abs(rows).max(axis=1)
+    assert found == pytest.approx(best, rel=1e-5)
+    assert best.min() < 1
 
 
 def test_a_missing_modelopt_is_said_with_the_extra_that_has_it(

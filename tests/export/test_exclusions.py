@@ -299,7 +299,8 @@ def test_what_is_chosen_travels_in_the_file(
     assert f"1 of {10 * LAYERS} layers have an error above" in capsys.readouterr().out
     written = json.loads(read_header(out).metadata[quantization.METADATA])
     why = f"sensitivity {error:.3g} > {bound:g}"
-    assert written["recipe"]["rule"][0] == {"layers": worst, "format": "keep", "why": why}
+    kept = {"layers": worst, "format": "keep", "why": why, "added": True}
+    assert written["recipe"]["rule"][0] == kept
     assert worst not in written["layers"]
     assert set(quantization.layers(read_header(out))) == {path for path, _ in errors[1:]}
 
@@ -322,6 +323,28 @@ def test_a_command_with_a_target_says_what_it_reached(
     assert f"wanted 0.5, with 0 of {10 * LAYERS} layers kept" in found.out
     assert f"trying with 0 of {10 * LAYERS} layers kept" in found.err
     assert len(quantization.layers(read_header(out))) == 10 * LAYERS
+
+
+def test_a_calibration_on_the_way_is_kept_named_and_replaced_when_that_is_asked_for(
+    runs: calibrate.Order, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, left = tmp_path / "q.safetensors", tmp_path / "q.calibration.safetensors"
+    words: Words = ["--recipe", "fp8", *running(runs), "--first", "1", "--out", out]
+    assert command(runs, "quantize", *words) == 0
+    assert f"{left}: ranges of activations, for --calibration\n" in capsys.readouterr().out
+    header = read_header(runs.checkpoint)
+    first = calibration.read(left, header)
+    again = tmp_path / "again.safetensors"
+    read: Words = ["--recipe", "fp8", "--calibration", left, "--out", again]
+    assert command(runs, "quantize", *read) == 0
+    assert again.read_bytes() == out.read_bytes()
+    calibration.write(replace(first, facts={**first.facts, "done": 0}))
+    other: Words = [*words, "--negative-prompt", "blurry", "--ignore-config-key", "none"]
+    out.unlink()
+    assert command(runs, "quantize", *other) == 2
+    assert "give --overwrite" in capsys.readouterr().err
+    assert command(runs, "quantize", *other, "--overwrite") == 0
+    assert calibration.read(left, header).facts["negative_prompt"] == "blurry"
 
 
 @pytest.mark.parametrize("bound", ["0", "nan", "-1"])

@@ -185,6 +185,14 @@ def test_one_late_error_flickers_twice() -> None:
     assert metrics.flicker(clip, reference) == 4
 
 
+def test_brighter_and_darker_places_of_one_frame_do_not_cancel() -> None:
+    reference = flat(100, 2, 16, 16)
+    clip = reference.copy()
+    clip[1, :8] += 6
+    clip[1, 8:] -= 6
+    assert metrics.flicker(clip, reference) == 6
+
+
 def test_a_single_frame_cannot_flicker() -> None:
     assert metrics.flicker(flat(1, 1, 16, 16), flat(90, 1, 16, 16)) == 0
 

@@ -1,6 +1,7 @@
 """Bundles measured against each other, through the runtime's own process, and the report on it."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -159,6 +160,7 @@ def test_another_schedule_is_refused(home: Path, tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"bundles": ("reference",)}, "is the reference itself"),
+        ({"bundles": ("other", "other")}, "is named twice"),
         ({"bundles": ("nothing",)}, "nothing"),
         ({"reference": "nothing"}, "nothing"),
         ({"prompts": "config-none.txt"}, "config-none.txt"),
@@ -403,3 +405,13 @@ def test_lpips_is_asked_frame_by_frame_in_its_own_range_if_its_weights_are_there
     assert measure.distance(white, black) == pytest.approx(1.0)  # 2 in one frame of two
     for name in ("lpips", "torchvision", "torchvision.models"):
         sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("ssim", "psnr"), [(math.nan, None), (2.0, None), (None, math.inf), (None, math.nan)]
+)
+def test_a_minimum_that_nothing_can_reach_is_refused(
+    ssim: float | None, psnr: float | None
+) -> None:
+    with pytest.raises(UserError, match="wanted a number up to"):
+        Minima(ssim=ssim, psnr=psnr)

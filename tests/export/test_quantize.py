@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from ltx_export.calibration import Calibration
 from ltx_export.graphs import Graphs
 from ltx_export.recipes import KEEP, SHIPPED, Recipe, Rule
 from ltx_ref import quantization
-from ltx_ref.checkpoint import Header, read_header
+from ltx_ref.checkpoint import CheckpointError, Header, read_header
 
 TINY = Path(ltx_trt.__file__).parent / "ltx_tiny" / "ltx-tiny.safetensors"
 PREFIX = "model.diffusion_model."
@@ -187,11 +188,69 @@ def test_each_layer_is_said_by_its_path_and_counted_from_the_file(header: Header
     said = [line for line in lines if line.startswith(PREFIX)]
     assert said == [f"{path} to {form}" for path, form in made.formats.items()]
     assert said[0] == f"{PREFIX}transformer_blocks.0.attn1.to_k to fp8-cast"
-    summary = list(quantize.summary(read_header(header.path.with_name("out.safetensors"))))
+    summary = list(quantize.summary(made, read_header(header.path.with_name("out.safetensors"))))
     assert summary[0] == "Quantized 19 of 19 linear layers: 17 to fp8-cast, 2 to int8-wo"
     assert f"Kept 1 of {rules[0].layers}: it is sensitive" in summary
-    alone = quantize.summary(quantized(header, "fp8-cast"))
+    alone = quantize.summary(plan(header, "fp8-cast"), quantized(header, "fp8-cast"))
     assert next(alone) == "Quantized 20 of 20 linear layers to fp8-cast"
+
+
+def test_what_a_file_lacks_is_seen_in_its_summary(header: Header) -> None:
+    """Whatever the file says of itself: the recipe's layers are counted in the checkpoint."""
+    fewer = recipes.without(
+        recipes.load("int8-wo"), [f"{PREFIX}transformer_blocks.0.ff.net.2"], "w"
+    )
+    out = quantized(header, fewer)
+    assert next(quantize.summary(plan(header, fewer), out)).startswith("Quantized 19 of 19 ")
+    assert next(quantize.summary(plan(header, "int8-wo"), out)).startswith("Quantized 19 of 20 ")
+
+
+def test_only_int8_layers_are_smoothed_and_only_by_those_that_are_too(header: Header) -> None:
+    """to_v is left out of its group: what it has reached does not count."""
+    other = f"{PREFIX}transformer_blocks.0.attn1.to_v"
+    rules = (Rule(other, "int8-wo", "w"), *recipes.load("int8").rules)
+    made = plan(header, Recipe("mixed", "", "smoothquant", 0.25, rules))
+    out = header.path.with_name("out.safetensors")
+    list(quantize.write(made, out))
+    path, twin = other.replace("to_v", "to_q"), other.replace("to_v", "to_k")
+    known = ranges(header).ranges
+    wmax = np.max([np.abs(original(header, p)).max(axis=0) for p in (path, twin)], axis=0)
+    pre = codes.smoothing(np.maximum(known[path], known[twin]), wmax, 0.25)
+    found = parts(read_header(out), path)
+    assert np.array_equal(found["pre_quant_scale"], pre)
+    assert np.array_equal(parts(read_header(out), twin)["pre_quant_scale"], pre)
+    wanted = codes.layer(original(header, other), "int8-wo")
+    plain = parts(read_header(out), other)
+    assert plain.keys() == wanted.keys() == {"weight", "weight_scale"}
+    assert np.array_equal(plain["weight"], wanted["weight"])
+
+
+@pytest.mark.parametrize("part", ["weight", "weight_scale"])
+def test_a_file_that_was_damaged_in_writing_never_appears(
+    header: Header, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Its header is read again before it has its name."""
+    before, head = sorted(os.listdir(header.path.parent)), derive.head
+
+    def damaged(target: Header) -> bytes:
+        name = f"transformer_blocks.1.ff.net.2.{part}".encode()
+        made = head(target)
+        assert name in made
+        return made.replace(name, name[:-1] + b"_")
+
+    made = plan(header, "int8-wo")
+    monkeypatch.setattr(derive, "head", damaged)
+    with pytest.raises((AssertionError, CheckpointError)):
+        list(quantize.write(made, header.path.with_name("out.safetensors")))
+    assert sorted(os.listdir(header.path.parent)) == before
+
+
+def test_a_file_that_is_not_what_was_planned_is_a_bug(header: Header) -> None:
+    out = quantized(header, "int8-wo")
+    quantize._check_written(out.path, plan(header, "int8-wo"))
+    for other in ("fp8-cast", "int4-wo"):
+        with pytest.raises(AssertionError, match="is not what was planned"):
+            quantize._check_written(out.path, plan(header, other))
 
 
 def test_the_clip_of_a_row_is_the_one_that_modelopt_finds(header: Header) -> None:
@@ -260,21 +319,44 @@ def test_a_weight_that_is_no_number_is_named_and_nothing_is_left(
     refused(header, "int8-wo", None, r"1\.ff\.net\.2\.weight has NaN or infinity in row 5")
 
 
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [
-        (np.full(K, np.nan, np.float32), "has a range that is not a finite number"),
-        (np.zeros(K, np.float32), "has a range of 0 to 0, wanted one above 0"),
-        (np.full(K, -1, np.float32), "has a range of -1 to -1"),
-        (np.ones(3, np.float32), r"has ranges of shape \[3\], wanted \[128\]"),
-        (None, "was never reached"),
-    ],
-)
-def test_a_range_that_is_none_stops_with_the_layers_name(
-    header: Header, value: Any, said: str
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_kept_number_that_is_none_is_named_and_nothing_is_left(
+    tmp_path: Path, value: float
 ) -> None:
-    known = ranges(header, transformer_blocks__1__attn2__to_v=value)
-    refused(header, "fp8", known, rf"c\.safetensors: .*1\.attn2\.to_v {said}.*; calibrate again")
+    name = f"{PREFIX}proj_out.weight"
+    bad = tensors()[name]
+    bad[5, 7] = value
+    header = write(tmp_path / "a.safetensors", {name: bad})
+    refused(header, "int8-wo", None, r"proj_out\.weight has NaN or infinity; download it again")
+
+
+def test_a_weight_that_a_cast_would_clamp_is_refused(tmp_path: Path) -> None:
+    path = f"{PREFIX}transformer_blocks.1.ff.net.2"
+    wide = tensors()[f"{path}.weight"]
+    wide[5, 7] = -4992
+    header = write(tmp_path / "a.safetensors", {f"{path}.weight": wide})
+    said = rf"{path}\.weight reaches 4992, fp8-cast ends at 448; choose fp8, or keep the layer"
+    refused(header, "fp8-cast", None, said)
+    wide[5, 7] = -448
+    out = quantized(write(tmp_path / "b.safetensors", {f"{path}.weight": wide}), "fp8-cast")
+    assert float(parts(out, path)["weight"][5, 7]) == -448
+
+
+def test_a_layer_that_no_run_reached_stops_with_its_name(header: Header) -> None:
+    known = ranges(header)
+    path = f"{PREFIX}transformer_blocks.1.attn2.to_v"
+    fewer = {layer: amax for layer, amax in known.ranges.items() if layer != path}
+    said = rf"c\.safetensors: {path} was never reached; calibrate again"
+    refused(header, "fp8", Calibration(known.path, fewer, {}), said)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_only_layers_of_the_blocks_are_quantized(header: Header, name: str) -> None:
+    rules = (Rule("transformer_blocks.*", "int8-wo", "w"), Rule(name, "int8-wo", "w"))
+    recipe = Recipe("mine", "", "none", None, (*rules, Rule("*", KEEP, "w")))
+    said = rf"mine: {PREFIX}{name} would become int8-wo, and only layers of transformer_blocks"
+    with pytest.raises(UserError, match=said):
+        quantize.fit(header, recipe)
 
 
 def test_a_recipe_and_a_calibration_must_want_each_other(header: Header) -> None:
@@ -306,6 +388,49 @@ def test_neither_the_checkpoint_nor_a_file_that_is_there_is_replaced(header: Hea
         list(quantize.write(made, header.path.parent, overwrite=True))
     assert header.path.read_bytes() == before
     assert other.read_bytes() == b"mine"
+
+
+def test_a_folder_that_is_not_there_is_not_made(header: Header, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"there is no folder {tmp_path}/a/b; create it first"):
+        list(quantize.write(plan(header, "int8-wo"), tmp_path / "a" / "b" / "out.safetensors"))
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("a.safetensors", "is the checkpoint itself"),
+        ("link", "is the checkpoint itself"),
+        ("hard", "is the checkpoint itself"),
+        ("dir/../c", "is the file of --calibration itself"),
+        ("s.json", "is the file of --sensitivity itself"),
+        ("p.txt", "is the file of --prompts itself"),
+        ("t5/model.safetensors", "is in the folder of --text-encoder .*t5"),
+        ("v.yaml", "is the file of --pipeline-config itself"),
+        ("mine.toml", "is the recipe itself"),
+    ],
+)
+def test_nothing_that_is_read_is_replaced(
+    header: Header, tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str, said: str
+) -> None:
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "link").symlink_to(header.path)
+    os.link(header.path, tmp_path / "hard")
+    rule = '[[rule]]\nlayers = "*blocks*"\nformat = "fp8"\nwhy = "w"\n'
+    rest = '[[rule]]\nlayers = "*"\nformat = "keep"\nwhy = "w"\n'
+    (tmp_path / "mine.toml").write_text(f'description = ""\nalgorithm = "max"\n{rule}{rest}')
+    for name in ("c", "s.json", "p.txt", "t5/model.safetensors", "v.yaml"):
+        (tmp_path / name).write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    options = {"--recipe": "mine.toml", "--calibration": "c", "--sensitivity": "s.json"}
+    options |= {"--prompts": "p.txt", "--text-encoder": "t5", "--pipeline-config": "v.yaml"}
+    words = ["quantize", str(header.path), "--max-error", "0.1", "--overwrite"]
+    for option, name in {**options, "--out": out}.items():
+        words += [option, str(tmp_path / name)]
+    assert cli.main(words) == 2
+    assert re.search(rf"--out .* {said}; choose another name", capsys.readouterr().err)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_full_disk_is_said_before_anything_is_written(
@@ -414,6 +539,51 @@ def test_prompts_are_for_recipes_that_want_ranges(
     for more in (["--recipe", "int8-wo", "--text-encoder", "t"], ["--recipe", "fp8"]):
         assert cli.main([*words, *more]) == 2
         assert "--prompts is for a recipe that quantizes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(["--text-encoder", "t"], ["--shape", "64x32x9"], ["--steps", "3"], ["--seed", "0"]),
+        *(["--first", "1"], ["--pipeline-config", "c"], ["--negative-prompt", ""]),
+        *(["--device", "cpu"], ["--offload-blocks"], ["--ignore-config-key", "a"]),
+    ],
+)
+def test_an_option_of_runs_without_any_is_refused(
+    header: Header, capsys: pytest.CaptureFixture[str], tmp_path: Path, option: list[str]
+) -> None:
+    words = ["quantize", str(header.path), "--recipe", "int8-wo", "--out", str(tmp_path / "out")]
+    assert cli.main([*words, *option]) == 2
+    said = f"ltx-export: {option[0]} is of runs of the model; add --prompts FILE, or leave it out\n"
+    assert capsys.readouterr().err == said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        *(("--device", word, "give cpu, cuda or cuda:N") for word in ("meta", "mps", "cuda:", "")),
+        ("--seed", str(2**63), "less than or equal to 9223372036854775807"),
+        ("--seed", "-1", "greater than or equal to 0"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("quantize", "--prompts", "p", "--recipe", "fp8", "--out", "o"),
+        ("calibrate", "--prompts", "p", "--out", "o"),
+        ("sensitivity", "--prompts", "p"),
+        ("verify", "--prompt", "a", "--shape", "64x32x9"),
+    ],
+)
+def test_a_device_or_a_seed_that_there_is_not_costs_one_line(
+    capsys: pytest.CaptureFixture[str], command: tuple[str, ...], option: str, value: str, said: str
+) -> None:
+    assert cli.main([*command, "c", "--text-encoder", "t", option, value]) == 2
+    found = capsys.readouterr().err
+    assert said in found
+    assert option in found
+    assert len(found.splitlines()) == 1
 
 
 def test_the_command_says_what_it_did(

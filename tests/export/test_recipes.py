@@ -78,6 +78,13 @@ def test_a_file_is_a_recipe_of_its_own(tmp_path: Path) -> None:
         (HEAD + 'rule = ["a"]', "rule 1 must be a table, not 'a'"),
         (HEAD + 'rule = "a"', "rule must be a list of [[rule]], not 'a'"),
         (HEAD + "alpha = true\n" + RULE, "alpha must be a number, not True"),
+        (HEAD + f"alpha = 1{'0' * 400}\n" + RULE, "alpha must be from 0 to 1, not beyond all"),
+        (HEAD + RULE.replace("all", "\\u001b[31mall"), "rule 1: why has characters that cannot be"),
+        (HEAD + RULE.replace("*", "\\n*"), "rule 1: layers has characters that cannot be shown"),
+        (HEAD + 'name = "a\\tb"\n' + RULE, "name has characters that cannot be shown: 'a\\tb'"),
+        (HEAD + 'name = "fp8"\n' + RULE, 'give this one another, as in name = "my-fp8"'),
+        (HEAD + RULE + "added = 1\n", "rule 1: added must be true or false, not 1"),
+        (HEAD + RULE + "added = true\n", "rules that are added keep one layer each, in front of"),
         (HEAD, "missing rule"),
         ('description = "d"\n' + RULE, "missing algorithm"),
         (HEAD + RULE.replace('why = "all"', ""), "rule 1: missing why"),
@@ -125,6 +132,64 @@ def test_a_rule_that_matches_nothing_is_an_error() -> None:
         recipes.choose(found, LAYERS)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "meant"),
+    [
+        ("transformer_block.*", "transformer_blocks.*"),
+        ("transfomer_block*", "transformer_blocks*"),
+        ("transformer_blocks.*.attn3.to_q", "transformer_blocks.*.attn1.to_q"),
+        ("transformer_blocks.[01].atn1.*", "transformer_blocks.[01].attn1.*"),
+        (f"{PREFIX}proj_ou", "proj_out"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_has_the_nearest_one_that_does(
+    pattern: str, meant: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(f"did you mean {meant!r}?")):
+        recipes.choose(recipe((pattern, KEEP), ("*", "fp8")), LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("proj_out", KEEP), ("proj_out", "int8-wo")),
+        (("proj_out", KEEP), (f"{PREFIX}proj_out", "int8-wo")),
+        ((f"{PREFIX}proj_out", KEEP), ("proj_out", KEEP)),
+        (("proj_out", KEEP), ("proj_out", KEEP)),
+    ],
+)
+def test_a_rule_that_another_of_the_same_layer_hides_is_an_error(
+    first: tuple[str, Any], second: tuple[str, Any]
+) -> None:
+    found = recipe(first, second, ("*", "fp8"))
+    said = f"the rule {second[0]!r} comes too late, {first[0]!r} has decided about {LAYERS[1]}"
+    with pytest.raises(UserError, match=re.escape(said)):
+        recipes.choose(found, LAYERS)
+
+
+def test_only_what_a_command_put_in_front_may_hide_a_rule() -> None:
+    found = recipe(("transformer_blocks.1.*", "int8-wo"), ("*", "fp8"))
+    fewer = recipes.without(found, LAYERS[4:], "it is sensitive")
+    by_hand = recipe((LAYERS[4], KEEP), *((rule.layers, rule.format) for rule in found.rules))
+    assert recipes.choose(recipes.parse(fewer.table(), "mine"), LAYERS) == dict.fromkeys(
+        LAYERS[:4], "fp8"
+    )
+    with pytest.raises(UserError, match=r"'transformer_blocks\.1\.\*' comes too late"):
+        recipes.choose(by_hand, LAYERS)
+    with pytest.raises(UserError, match=r"'transformer_blocks\.0\.\*' comes too late, '\*' has"):
+        hidden = recipe(("*", "fp8"), ("transformer_blocks.0.*", KEEP))
+        recipes.choose(recipes.without(hidden, LAYERS[2:4], "why"), LAYERS)
+    for path, said in (("gone", "matches none"), (LAYERS[4], "comes too late")):
+        with pytest.raises(UserError, match=said):
+            recipes.choose(recipes.without(fewer, (path,), "why"), LAYERS)
+
+
+def test_a_description_may_have_lines_and_a_file_another_name(tmp_path: Path) -> None:
+    text = 'name = "mine"\ndescription = """a\nb"""\nalgorithm = "max"\n'
+    path = toml(tmp_path, text + RULE).rename(tmp_path / "fp8.toml")
+    assert (recipes.load(path).name, recipes.load(path).description) == ("mine", "a\nb")
+
+
 def test_a_rule_behind_one_that_takes_everything_is_an_error() -> None:
     found = recipe(("*", "fp8"), ("transformer_blocks.0.*", KEEP))
     with pytest.raises(UserError, match=r"'transformer_blocks\.0\.\*' comes too late, '\*' has"):
@@ -140,7 +205,7 @@ def test_layers_can_be_taken_out_one_by_one_until_a_rule_has_none_left() -> None
     found = recipe(("transformer_blocks.1.*", "int8-wo"), ("*", "fp8"))
     fewer = recipes.without(found, LAYERS[4:], "it is sensitive")
     assert recipes.choose(fewer, LAYERS) == dict.fromkeys(LAYERS[:4], "fp8")
-    assert fewer.rules[0] == Rule(LAYERS[4], KEEP, "it is sensitive")
+    assert fewer.rules[0] == Rule(LAYERS[4], KEEP, "it is sensitive", added=True)
     with pytest.raises(UserError, match="mine keeps every layer"):
         recipes.choose(recipes.without(found, LAYERS, "why"), LAYERS)
 

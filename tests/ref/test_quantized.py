@@ -20,12 +20,20 @@ from torch import Tensor, nn
 
 from ltx_export import codes
 from ltx_ref import quantized
-from ltx_ref.checkpoint import CheckpointError, read_header
+from ltx_ref.checkpoint import CheckpointError, TensorInfo, read_header
 from ltx_ref.ltx_video import model as ltx_model
 from ltx_ref.ltx_video.config import parse_config
 from ltx_ref.ltx_video.model import LTXVideo, load
 from ltx_ref.offload import offloaded
-from ltx_ref.quantization import CALIBRATED, FORMATS, INT4_BLOCK, NVFP4_BLOCK, Format, layers
+from ltx_ref.quantization import (
+    CALIBRATED,
+    FORMATS,
+    INT4_BLOCK,
+    NVFP4_BLOCK,
+    Format,
+    Layer,
+    layers,
+)
 from ltx_ref.quantized import QuantizedLinear, choose, install, linears
 from ltx_ref.tensor_file import TensorFile
 from tests.ref.oracles import difference, normals, randomize
@@ -206,7 +214,7 @@ def test_a_layer_may_have_no_bias(form: Format) -> None:
         ("int8", torch.bfloat16, (64, 64), None, "fake"),
         ("int8", torch.bfloat16, (64, 64), (7, 5), "int_mm"),
         ("int8", torch.float32, (64, 64), (9, 0), "int_mm"),
-        ("nvfp4", torch.bfloat16, (64, 64), (12, 0), "fake"),
+        ("nvfp4", torch.bfloat16, (64, 64), None, "fake"),
         ("fp8-cast", torch.bfloat16, (64, 64), (9, 0), "weight only"),
         ("int8-wo", torch.bfloat16, (64, 64), None, "weight only"),
         ("int4-wo", torch.bfloat16, (64, 64), (9, 0), "weight only"),
@@ -229,6 +237,7 @@ def test_a_product_is_chosen_by_format_type_and_gpu(
         ("fp8", (64, 40), (9, 0), "torch._scaled_mm wants multiples of 16"),
         ("int8", (64, 64), (7, 0), "torch._int_mm wants compute capability 7.5, this GPU has 7.0"),
         ("int8", (62, 64), (9, 0), "torch._int_mm wants multiples of 8"),
+        ("nvfp4", (64, 64), (12, 0), "there is no kernel for them in torch here"),
     ],
 )
 def test_a_gpu_that_cannot_multiply_codes_says_why(
@@ -327,8 +336,6 @@ def test_a_width_without_whole_blocks_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="int4-wo wants inputs in blocks of 128, not 40"):
         QuantizedLinear("int4-wo", 40, 8, bias=False)
 
-
-# A whole model.
 
 D, LAYERS = 128, 2
 TABLE: dict[str, Any] = {
@@ -471,9 +478,6 @@ def test_layers_are_installed_in_a_part_of_the_model(tmp_path: Path) -> None:
     assert layer.weight.is_meta
 
 
-# Casting while the file streams in.
-
-
 def test_a_cast_model_is_that_of_the_cast_file(tmp_path: Path) -> None:
     plain = tensors(torch.bfloat16)
     model = load(saved(tmp_path / "f.safetensors", plain), cast="fp8-cast")
@@ -486,9 +490,32 @@ def test_a_cast_model_is_that_of_the_cast_file(tmp_path: Path) -> None:
     assert difference(run(model, torch.bfloat16), run(wanted, torch.bfloat16)) < 1e-2
 
 
-def test_a_cast_clamps_what_the_format_cannot_hold() -> None:
-    weight = torch.tensor([1e4, -1e4, 448.0, 1.0], dtype=torch.bfloat16)
-    assert quantized.cast_weight(weight, "fp8-cast").float().tolist() == [448.0, -448.0, 448.0, 1.0]
+@pytest.mark.parametrize("value", [5000.0, -5000.0, float("nan"), float("inf")])
+def test_what_a_cast_cannot_hold_is_refused_by_its_name(tmp_path: Path, value: float) -> None:
+    plain = tensors(torch.bfloat16)
+    name = next(name for name in plain if is_layer(name))
+    plain[name].view(-1)[-1] = value
+    with pytest.raises(CheckpointError, match=rf"{name} reaches .*, fp8-cast ends at 448; "):
+        load(saved(tmp_path / "f.safetensors", plain), cast="fp8-cast")
+    kept = torch.tensor([448.0, -448.0, 1.0], dtype=torch.bfloat16)
+    assert quantized.cast_weight(kept, "fp8-cast", "w").tolist() == [448.0, -448.0, 1.0]
+
+
+def test_the_models_layers_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    walk = torch.nn.Module.named_modules
+
+    def counted(self: torch.nn.Module, *words: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += isinstance(self, torch.nn.Sequential) and not words
+        return walk(self, *words, **named)
+
+    model = torch.nn.Sequential(*(torch.nn.Linear(16, 8) for _ in range(5)))
+    info = TensorInfo("I8", (8, 16), 0, 0)
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+    quantized.install(model, {str(i): Layer(str(i), "int8-wo", info) for i in range(5)})
+    assert calls == 1
+    assert all(isinstance(layer, QuantizedLinear) for layer in model)
 
 
 def test_a_quantized_file_is_not_cast_again(tmp_path: Path) -> None:
@@ -522,7 +549,7 @@ def test_no_float_matrix_is_ever_whole(tmp_path: Path, monkeypatch: pytest.Monke
     assert most <= 2
     for name, codes_ in model.state_dict().items():
         if is_layer(name):
-            wanted = quantized.cast_weight(plain[name], "fp8-cast")
+            wanted = quantized.cast_weight(plain[name], "fp8-cast", name)
             assert torch.equal(codes_.float(), wanted.float())
 
 
