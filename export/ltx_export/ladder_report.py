@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ltx_export import derive
 from ltx_export.ladder import Culprit, Report, Row
 from ltx_ref.ltx_video.config import TRANSFORMER_PREFIX
 
@@ -113,8 +114,10 @@ def document(report: Report) -> dict[str, Any]:
 def save(report: Report, path: Path) -> None:
     """It appears when it is complete."""
     partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
-    try:
-        partial.write_text(json.dumps(document(report), indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    text = json.dumps(document(report), indent=2) + "\n"
+    with derive.told(path):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ Blocks and layers have their checkpoint's names in the graph, so their outputs a
 outputs of the graph: in memory, the bundle stays as it is.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from torch import Tensor
 
-from ltx_engines.bundle import Bundle, StageEntry
+from ltx_engines import cpu
+from ltx_engines.bundle import AGAIN, Bundle, QuantizedFormat, StageEntry
 from ltx_engines.errors import UserError
 from ltx_export import coverage
+from ltx_export.quantized_graph import Read
 from ltx_ref.ltx_video.config import TRANSFORMER_PREFIX
 from ltx_ref.ltx_video.transformer import StgMode
 from ltx_ref.quantization import Layer
@@ -29,8 +33,6 @@ VELOCITY = "velocity"
 NEWEST = 21
 """The opset from which ONNX Runtime's CPU does not compute our Attention."""
 
-AS_IT_IS = (("session.disable_quant_qdq", "1"), ("session.disable_prepacking", "1"))
-"""Q/DQ pairs stay what they are, as in the runtime's sessions; weights stay in the mapped file."""
 FOLDING = "ConstantFolding"
 """It would make float32 copies of all weights."""
 
@@ -56,11 +58,24 @@ class Graph:
 
     @cached_property
     def model(self) -> ir.Model:
-        return ir.from_proto(self.proto())
+        """
+        Raises:
+            UserError: the file is no graph.
+        """
+        try:
+            return ir.from_proto(self.proto())
+        except (ir.serde.SerdeError, ValueError) as error:
+            raise self._foreign(" ".join(str(error).split())) from error
 
     def proto(self) -> onnx.ModelProto:
         """A copy, without weights."""
-        return onnx.load(self.path, load_external_data=False)
+        try:
+            return onnx.load(self.path, load_external_data=False)
+        except DecodeError:
+            raise self._foreign("it cannot be read") from None
+
+    def _foreign(self, problem: str) -> UserError:
+        return UserError(f"{self.path} is not one of our graphs: {problem}; {AGAIN}")
 
     def check(self, stg_mode: StgMode) -> None:
         """
@@ -73,6 +88,40 @@ class Graph:
                 f"with {stg_mode}; give the --pipeline-config that the bundle was exported with"
             )
 
+    def check_formats(self, layers: Mapping[str, Layer]) -> None:
+        """
+        Raises:
+            UserError: the manifest says that other layers are quantized than those of the file.
+        """
+        entry = self.entry.quantization
+        found = {} if entry is None else dict(entry.layers)
+        wanted = Counter(layer.format for layer in layers.values())
+        if found != wanted:
+            raise UserError(
+                f"{self.bundle.path} holds a model with {_listed(found)}, the checkpoint has "
+                f"{_listed(wanted)}; give the bundle that was exported from this checkpoint"
+            )
+
+    def check_names(self, layers: Iterable[str], blocks: int) -> None:
+        """Everything that will be followed is there under its name.
+
+        Raises:
+            UserError: something is not.
+        """
+        for wanted, values in (
+            (self.entry.inputs, self.model.graph.inputs),
+            (self.entry.outputs, self.model.graph.outputs),
+        ):
+            known, found = {tensor.name for tensor in wanted}, {str(value.name) for value in values}
+            for name in sorted(known ^ found):
+                raise self._foreign(
+                    f"{name!r} of the {'manifest' if name in known else 'graph'} alone"
+                )
+        for path in layers:
+            self.layer_input(path)
+        for index in range(blocks):
+            self.block_output(index)
+
     def refusal(self) -> str | None:
         """Why ONNX Runtime's CPU cannot compute it, if it cannot."""
         dtypes = {tensor.dtype for tensor in (*self.entry.inputs, *self.entry.outputs)}
@@ -82,13 +131,14 @@ class Graph:
             return f"at opset {self.entry.opset}, whose Attention ONNX Runtime does not compute"
         return None
 
-    def covered(self, layers: Mapping[str, Layer]) -> str:
-        """How many of the file's layers are quantized in the graph: all.
+    def covered(self, layers: Mapping[str, Layer], read: Read) -> str:
+        """How many of the file's layers are quantized in the graph: all. `read` gives the file's
+        scales (`quantized_graph.reader`).
 
         Raises:
             UserError: one is not.
         """
-        found = coverage.count(self.model, layers)
+        found = coverage.count(self.model, layers, read)
         listed = ", ".join(
             form if len(found.wanted) == 1 else f"{number} {form}"
             for form, number in found.wanted.items()
@@ -98,26 +148,26 @@ class Graph:
             named = [f"{path}: {why}" for path, why in found.missing.items()]
             rest = [f"and {len(named) - NAMED} more"] if len(named) > NAMED else []
             problems = "; ".join([*named[:NAMED], *rest])
-            raise UserError(
-                f"{self.path}: {line}; {problems}; export the bundle again (ltx-export onnx)"
-            )
+            raise UserError(f"{self.path}: {line}; {problems}; {AGAIN}")
         return line
 
     def block_output(self, index: int) -> str:
         """The name of the value that a block hands on: its last node's."""
         prefix = f"{TRANSFORMER_PREFIX}{BLOCKS}.{index}"
         own = [n for n in self.model.graph if str(n.name).startswith((f"{prefix}.", f"{prefix}/"))]
+        if not own:
+            raise self._foreign(f"no node has a name in {prefix}")
         return _name(own[-1].outputs[0])
 
     def layer_output(self, path: str) -> str:
         """The name of what a linear layer gives: the sum with its bias. `path` is the model's."""
-        return _name(self._sums[f"{TRANSFORMER_PREFIX}{path}"])
+        return _name(self._sum(path))
 
     def layer_input(self, path: str) -> str:
         """The name of what it is given, before it is smoothed and rounded to codes: the first value
         on the way back that is of no linear layer, or what another one gives. Layers share such
         nodes."""
-        value = self._source(self._sums[f"{TRANSFORMER_PREFIX}{path}"])
+        value = self._source(self._sum(path))
         ends = set(self._sums.values())
         while value not in ends and (node := value.producer()) is not None:
             if str(node.name).split("/")[0] not in self._sums:
@@ -125,13 +175,19 @@ class Graph:
             value = self._source(value)
         return _name(value)
 
+    def _sum(self, path: str) -> ir.Value:
+        name = f"{TRANSFORMER_PREFIX}{path}"
+        if name not in self._sums:
+            raise self._foreign(f"it has no {name}.bias")
+        return self._sums[name]
+
     def _source(self, value: ir.Value) -> ir.Value:
         """What a node computes it from, beside weights and scales."""
         node = value.producer()
         for source in () if node is None else node.inputs:
             if source is not None and source not in self._constants:
                 return source
-        raise AssertionError(f"{value.name} is made of weights alone")
+        raise self._foreign(f"{value.name} is made of weights alone")
 
     @cached_property
     def _constants(self) -> set[ir.Value]:
@@ -148,8 +204,10 @@ class Graph:
         found = {}
         for name, bias in self.model.graph.initializers.items():
             if name.endswith(".bias"):
-                (use,) = bias.uses()
-                found[name.removesuffix(".bias")] = use.node.outputs[0]
+                nodes = [use.node for use in bias.uses()]
+                if [node.op_type for node in nodes] != ["Add"]:
+                    raise self._foreign(f"{name} is not added once")
+                found[name.removesuffix(".bias")] = nodes[0].outputs[0]
         return found
 
     def with_outputs(self, names: Iterable[str]) -> bytes:
@@ -162,10 +220,21 @@ class Graph:
         data: bytes = proto.SerializeToString()
         return data
 
-    def folder(self) -> Path:
+    def session_options(self) -> dict[str, str]:
+        """As the runtime's sessions have them, so that it is their way that is verified."""
+        entry = self.entry.quantization
+        formats = () if entry is None else entry.layers
+        return {**cpu.session_options(formats), FOLDER: str(self._folder())}
+
+    def _folder(self) -> Path:
         """Where its weights lie."""
         homes = {self.bundle.file(name).parent for name in self.entry.weights}
         return homes.pop() if len(homes) == 1 else self.bundle.path
+
+
+def _listed(formats: Mapping[QuantizedFormat, int]) -> str:
+    counts = ", ".join(f"{number} {form}" for form, number in formats.items())
+    return f"{counts} layers" if counts else "no quantized layers"
 
 
 def _name(value: ir.Value) -> str:
@@ -186,7 +255,7 @@ class OnnxTransformer:
         options.log_severity_level = 4
         options.intra_op_num_threads = torch.get_num_threads()
         options.enable_mem_pattern = False
-        for name, value in (*AS_IT_IS, (FOLDER, str(graph.folder()))):
+        for name, value in graph.session_options().items():
             options.add_session_config_entry(name, value)
         with _told(graph.path):
             self.session = onnxruntime.InferenceSession(
@@ -229,10 +298,12 @@ def _told(path: Path) -> Iterator[None]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     known = (
-        *(state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf),
-        *(state.NoModel, state.NoSuchFile, state.NotImplemented, state.RuntimeException),
+        *(state.EPFail, state.EngineError, state.Fail, state.InvalidArgument, state.InvalidGraph),
+        *(state.InvalidProtobuf, state.NoModel, state.NoSuchFile, state.NotImplemented),
+        *(state.RuntimeException, RuntimeError, ValueError),  # pybind's own: memory, unknown types
     )
     try:
         yield
     except known as error:
-        raise UserError(f"{path}: ONNX Runtime: {' '.join(str(error).split())}") from error
+        *_, said = str(error).split("[ONNXRuntimeError] : ")  # it quotes itself
+        raise UserError(f"{path}: ONNX Runtime: {' '.join(said.split())}; {AGAIN}") from error

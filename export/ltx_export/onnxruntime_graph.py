@@ -8,6 +8,7 @@ node, which never has all its scores in memory.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -18,7 +19,11 @@ DOMAIN = "com.microsoft"
 
 ZERO = 128
 """The unsigned code of zero. Products of signed activations are 3 to 5 times slower than float32 on
-x86, of unsigned ones 3 times faster (onnxruntime 1.31, EPYC with VNNI)."""
+x86, of unsigned ones 3 times faster (onnxruntime 1.31, EPYC with VNNI). Without VNNI their sums are
+wrong unless the session is told (`ltx_engines.cpu`)."""
+
+ZERO_POINT = "weight_zero_point"
+"""What a weight's zero points are called behind their layer's name."""
 
 
 def specialise(model: ir.Model) -> int:
@@ -83,13 +88,28 @@ def _integer_product(write: Writer, product: _Product) -> ir.Value:
         raise AssertionError(f"{product.matmul.name}: type or shape are not known")
     rows, columns = weight.shape.numpy()
     flat = write("Reshape", [codes, write.constant([-1, columns], ir.DataType.INT64)])
-    zeros = write.constant([0] * rows, ir.DataType.INT8)
-    inputs = [flat, scale, zero, weight, scales, zeros]
+    inputs = [flat, scale, zero, weight, scales, _zero_points(write.model, weight, rows)]
     sums = write("QGemm", inputs, ir.DataType.FLOAT, domain=DOMAIN, transB=1)
     leading = write("Shape", [source], ir.DataType.INT64, end=-1)
     shape = write("Concat", [leading, write.constant([rows], ir.DataType.INT64)], axis=0)
     result = write("Reshape", [sums, shape])
     return result if own == ir.DataType.FLOAT else write("Cast", [result], to=int(own))
+
+
+def _zero_points(model: ir.Model, weight: ir.Value, rows: int) -> ir.Value:
+    """Nothing for each row. Where the weight becomes unsigned, ONNX Runtime replaces them with its
+    own (`session.x64quantprecision`), which is an error if another product has the same ones."""
+    name = f"{str(weight.name).removesuffix('.weight')}.{ZERO_POINT}"
+    known = model.graph.initializers
+    if name not in known:
+        tensor = ir.Tensor(np.zeros(rows, np.int8), name=name)
+        known[name] = ir.Value(
+            name=name,
+            type=ir.TensorType(ir.DataType.INT8),
+            shape=ir.Shape([rows]),
+            const_value=tensor,
+        )
+    return known[name]
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,5 +26,7 @@ def check(out: Path, inputs: Mapping[str, Path], *, overwrite: bool, option: str
         return
     if out.is_dir():
         raise UserError(f"{option} {out} is a folder; give a file's name in it")
+    if out.exists() and not out.is_file():
+        raise UserError(f"{option} {out} is a device; give the name of a file")
     if not overwrite:
         raise UserError(f"{out} is already there; give --overwrite, or choose another {option}")

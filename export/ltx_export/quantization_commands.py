@@ -305,6 +305,9 @@ def verify(  # noqa: PLR0913 - options of a command
     ] = "cpu",
     offload_blocks: OffloadBlocks = False,
     json: Annotated[Path | None, typer.Option(help="A file for all figures.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file of figures that is there.")
+    ] = False,
     ignore_config_key: IgnoreKeys = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Run one seed in float32, bfloat16, quantized and as ONNX, and name what breaks, down to the
@@ -331,6 +334,8 @@ def verify(  # noqa: PLR0913 - options of a command
         device=device,
         offload_blocks=offload_blocks,
         ignore_config_keys=tuple(ignore_config_key),
+        figures=json,
+        overwrite=overwrite,
     )
     _, found = followed(climbing.run(order))
     ladder_report.show(found, ladder_report.console())

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from ltx_engines.errors import UserError
 from ltx_export.weights import PLAIN, STORED, Weights
+from ltx_ref.checkpoint import Header
 from ltx_ref.quantization import INT4_BLOCK, NVFP4_BLOCK, Format, Layer
 
 CODES: Mapping[Format, ir.DataType] = MappingProxyType(
@@ -32,6 +33,9 @@ CODES: Mapping[Format, ir.DataType] = MappingProxyType(
     }
 )
 """What a layer's weight is in the graph."""
+
+BLOCKS: Mapping[Format, int] = MappingProxyType({"int4-wo": INT4_BLOCK, "nvfp4": NVFP4_BLOCK})
+"""How many numbers of a row share a scale, where not the whole row does."""
 
 INT4_OPSET, NVFP4_OPSET = 21, 23
 """The first whose DequantizeLinear has blocks, and has four-bit floats."""
@@ -48,6 +52,21 @@ Read = Callable[[str], bytes]
 """The bytes of the scale of this name."""
 
 log = logging.getLogger(__name__)
+
+
+def reader(header: Header) -> Read:
+    """Reads from a file."""
+
+    def read(name: str) -> bytes:
+        info = header.tensors[name]
+        with header.path.open("rb") as file:
+            file.seek(info.begin)
+            data = file.read(info.end - info.begin)
+        if len(data) < info.end - info.begin:
+            raise UserError(f"{header.path} became shorter while it was read; start again")
+        return data
+
+    return read
 
 
 def insert(model: ir.Model, layers: Mapping[str, Layer], read: Read) -> int:
@@ -203,7 +222,7 @@ class _Writer:
         scaled = ir.DataType.FLOAT if own == ir.DataType.FLOAT16 else own
         weight.type = ir.TensorType(CODES[layer.format])  # a new one: stamped weights share theirs
         scale = self._scale(layer, "weight_scale", scaled)
-        blocks = {"int4-wo": INT4_BLOCK, "nvfp4": NVFP4_BLOCK}.get(layer.format)
+        blocks = BLOCKS.get(layer.format)
         attributes = {"axis": 0} if blocks is None else {"axis": 1, "block_size": blocks}
         inputs = [weight, scale]
         wide = self._node("DequantizeLinear", "DequantizeLinear", inputs, scaled, **attributes)

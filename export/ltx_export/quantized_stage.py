@@ -1,13 +1,13 @@
 """The quantized layers of one stage: from its files into its graph, and counted there."""
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import onnx_ir as ir
 
 from ltx_engines.bundle import QuantizationEntry
-from ltx_engines.errors import UserError
 from ltx_export import coverage, onnxruntime_graph, quantized_graph
+from ltx_export.quantized_graph import Read
 from ltx_export.sources import Sources
 from ltx_ref import quantization
 from ltx_ref.checkpoint import Header
@@ -28,16 +28,19 @@ def apply(
         AssertionError: a layer of the files is not quantized in the graph.
     """
     layers: dict[str, Layer] = {}
+    readers: dict[str, Read] = {}
     recipes: list[str] = []
     for header in found.headers(stage):
         own = {p: i for p, i in quantization.layers(header).items() if f"{p}.weight" in names}
-        quantized_graph.insert(model, own, _reader(found, header))
+        read = _reader(found, header)
+        quantized_graph.insert(model, own, read)
+        readers |= {name: read for layer in own.values() for name, _ in layer.parts()}
         recipes += _recipe(header) if own else []
         layers |= own
     quantized_graph.widen(model, found.weights(stage))
     if model.graph.opset_imports[""] < quantized_graph.NVFP4_OPSET:
         onnxruntime_graph.specialise(model)
-    counted = coverage.count(model, layers)
+    counted = coverage.count(model, layers, lambda name: readers[name](name))
     for sentence in counted.sentences():
         log.info("%s: %s", stage, sentence)
     if counted.missing:
@@ -55,18 +58,7 @@ def _recipe(header: Header) -> list[str]:
     return [str(recipe["name"])] if isinstance(recipe, dict) and "name" in recipe else []
 
 
-def _reader(found: Sources, header: Header) -> Callable[[str], bytes]:
+def _reader(found: Sources, header: Header) -> Read:
     """Scales, which are the same in a file that is still to be made from another."""
     derivation = found.derivations.get(header.path)
-    original = header if derivation is None else derivation.source
-
-    def read(name: str) -> bytes:
-        info = original.tensors[name]
-        with original.path.open("rb") as file:
-            file.seek(info.begin)
-            data = file.read(info.end - info.begin)
-        if len(data) < info.end - info.begin:
-            raise UserError(f"{original.path} became shorter while it was read; start again")
-        return data
-
-    return read
+    return quantized_graph.reader(header if derivation is None else derivation.source)

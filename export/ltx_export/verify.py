@@ -21,16 +21,27 @@ import torch
 from ltx_engines.bundle import Precision, open_bundle
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
-from ltx_export import calibration, convert, denoising, ladder, onnx_bundle, pipeline_defaults
+from ltx_export import (
+    calibration,
+    convert,
+    denoising,
+    devices,
+    ladder,
+    onnx_bundle,
+    pipeline_defaults,
+    quantized_graph,
+)
 from ltx_export.bisection import Mixture, Parts, swapped
 from ltx_export.denoising import Inputs, OnDevice, Walk, Weights
-from ltx_export.graph_following import Follower, Part
+from ltx_export.graph_following import Follower, Part, linear_layers
 from ltx_export.ladder import Bounds, Culprit, Output, Outputs, Pair, Report, Row, Rung, Skipped
 from ltx_export.onnx_transformer import Graph, OnnxTransformer
+from ltx_export.outputs import check as check_output
 from ltx_export.pipeline_defaults import Pipeline
 from ltx_ref import quantization, quantized
 from ltx_ref.checkpoint import Header, read_header
 from ltx_ref.ltx_video.config import ModelConfig, read_config
+from ltx_ref.ltx_video.model import skeleton
 from ltx_ref.ltx_video.pipeline import Request, levels
 from ltx_ref.ltx_video.transformer import Transformer
 from ltx_ref.quantization import Layer
@@ -61,6 +72,17 @@ class Order:
     device: str = "cpu"
     offload_blocks: bool = False
     ignore_config_keys: tuple[str, ...] = ()
+    figures: Path | None = None
+    """Where the caller is going to write them; nothing is written here."""
+    overwrite: bool = False
+
+    def check_figures(self, inputs: Mapping[str, Path]) -> None:
+        """
+        Raises:
+            UserError: they cannot be written, or in the place of one of these.
+        """
+        if self.figures is not None:
+            check_output(self.figures, inputs, overwrite=self.overwrite, option="--json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +119,12 @@ class Checked:
         velocity, latents = self.bounds[f"{name}.velocity"], self.bounds[f"{name}.latents"]
         return Pair(rung, against, {"velocity": velocity, "latents": latents})
 
+    def bound_to(self, graph: Graph) -> "Checked":
+        """With the bounds of this graph's element type."""
+        formats = {layer.format for layer in self.layers.values()}
+        precision = graph.bundle.manifest.precision
+        return replace(self, bounds=ladder.bounds(formats, self.order.bounds, precision))
+
     def facts(self) -> dict[str, Any]:
         order, counts = self.order, dict[str, int]()
         for layer in self.layers.values():
@@ -126,6 +154,8 @@ def run(order: Order) -> Generator[str, None, Report]:
     checked = check(order)
     with TemporaryDirectory(prefix="ltx-verify-") as scratch:
         graph, skipped, coverage = yield from _graph(checked, Path(scratch))
+        if graph is not None:
+            checked = checked.bound_to(graph)
         yield "encoding the prompt"
         climb = Climb(checked, _walk(checked))
         yield from climb.up(graph)
@@ -143,19 +173,31 @@ def check(order: Order) -> Checked:
     """
     if not order.prompt.strip():
         raise UserError("the prompt is empty; say what the clip shows: --prompt TEXT")
-    if order.device != "cpu" and not torch.cuda.is_available():
-        raise UserError(f"--device {order.device}: torch sees no CUDA GPU here; try cpu")
+    devices.choose(order.device)
     header = read_header(order.checkpoint)
     layers = quantization.layers(header)
     original = _original(order, header) if layers else header
     if not layers and order.original is not None:
         raise UserError(f"{header.path} is not quantized, it has no original; leave out --original")
+    order.check_figures(_inputs(order, original))
     config = read_config(header, order.ignore_config_keys)
     pipeline = pipeline_defaults.read(order.pipeline_config, config, None)
     request, config = denoising.request(pipeline, order.shape, order.steps, config)
     formats = {layer.format for layer in layers.values()}
     bounds = ladder.bounds(formats, order.bounds)
     return Checked(order, header, original, layers, pipeline, request, config, bounds)
+
+
+def _inputs(order: Order, original: Header) -> dict[str, Path]:
+    """All that is read, but for the files that a bundle names elsewhere."""
+    found = {
+        "the checkpoint": order.checkpoint,
+        "the original": original.path,
+        "the text encoder": order.text_encoder,
+        "the bundle": order.bundle,
+        "the pipeline's configuration": order.pipeline_config,
+    }
+    return {what: path for what, path in found.items() if path is not None}
 
 
 def _original(order: Order, header: Header) -> Header:
@@ -197,22 +239,36 @@ def _graph(checked: Checked, scratch: Path) -> Generator[str, None, Graphed]:
     as it is. A float32 twin is climbed if that is for GPUs only."""
     order, formats = checked.order, {layer.format for layer in checked.layers.values()}
     if order.bundle is not None:
-        graph = Graph(open_bundle(order.bundle))
+        bundle = open_bundle(order.bundle)
+        order.check_figures(
+            {f"the bundle's {name}": bundle.file(name) for name in bundle.manifest.files}
+        )
+        graph = Graph(bundle)
         graph.check(checked.request.stg_mode)
+        graph.check_formats(checked.layers)
+        _check_names(checked, graph)
     elif "nvfp4" in formats:
         graph = yield from _exported(checked, scratch / "own", None, 23)
     elif convert.kind(checked.header).name == "fp8_plain":  # float32 would widen it
         graph = yield from _exported(checked, scratch / "own", None, None)
     else:
         graph = yield from _exported(checked, scratch / "own", "float32", 20)
-    coverage = graph.covered(checked.layers) if checked.layers else None
+    coverage = None
+    if checked.layers:
+        coverage = graph.covered(checked.layers, quantized_graph.reader(checked.header))
     if (refusal := graph.refusal()) is None:
+        OnnxTransformer(graph)  # ONNX Runtime can load it
         return graph, (), coverage
     if "nvfp4" in formats:
         return None, (Skipped("onnx", "nvfp4 is computed by TensorRT alone, on SM120"),), coverage
     twin = yield from _exported(checked, scratch / "twin", "float32", 20)
     why = f"{graph.path} is {refusal}: a float32 export was climbed instead"
     return twin, (Skipped("onnx", why),), coverage
+
+
+def _check_names(checked: Checked, graph: Graph) -> None:
+    transformer = skeleton(checked.header, checked.order.ignore_config_keys).transformer
+    graph.check_names(linear_layers(transformer), len(transformer.transformer_blocks))
 
 
 def _exported(

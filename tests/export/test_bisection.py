@@ -52,6 +52,12 @@ def test_many_small_errors_that_break_the_bound_together_do_not_hide_the_large_o
     assert ended(steepest("parts", 8, grown(costs)))[0] == 4
 
 
+def test_what_the_parts_before_have_cost_does_not_count_for_the_next_ones() -> None:
+    """Behind a first half that costs 5, a quarter of 1 and then one of 5."""
+    costs = [math.sqrt(cost) for cost in (1.25, 1.25, 1.25, 1.25, 0.5, 0.5, 0.1, 4.9)]
+    assert ended(steepest("parts", 8, grown(costs)))[0] == 8
+
+
 def test_halving_asks_for_few_of_the_places() -> None:
     asked: set[int] = set()
     error = grown([0.01] * 21 + [1.0] + [0.01] * 26)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from ltx_engines.bundle import Precision
 from ltx_engines.errors import UserError
 from ltx_export import ladder, ladder_report
 from ltx_export.ladder import Bound, Culprit, Outputs, Pair, Report, Row, Skipped
@@ -94,6 +95,22 @@ def test_only_codes_of_activations_may_flip() -> None:
     assert ladder.bounds({"int8"})["onnx.blocks"].limit <= 1e-2
 
 
+@pytest.mark.parametrize("formats", [set(), {"int4-wo"}, {"int8"}, {"fp8", "int8-wo"}])
+def test_float16_has_fewer_bits_and_so_wider_bounds(formats: set[Format]) -> None:
+    wide, half = ladder.bounds(formats), ladder.bounds(formats, (), "float16")
+    for name in ("onnx.layers", "onnx.blocks"):
+        assert wide[name].limit < half[name].limit <= 0.05
+    graph = [name for name in wide if name.startswith("onnx.")]
+    assert all(half[name] == wide[name] for name in wide.keys() - graph)
+    assert ladder.bounds(formats, ("onnx.layers=1",), "float16")["onnx.layers"].limit == 1
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_model_without_codes_is_not_said_to_have_some(precision: Precision) -> None:
+    for name, bound in ladder.bounds(set(), (), precision).items():
+        assert "code" not in bound.why, name
+
+
 def test_a_float_checkpoint_has_no_bounds_of_quantization() -> None:
     assert not [name for name in ladder.bounds(set()) if name.startswith("quantized")]
 
@@ -172,6 +189,12 @@ def test_nan_is_said_to_be_nan_and_a_break_without_a_part_too() -> None:
     text = printed(report(row(math.nan)))
     assert "velocity with NaN or infinity" in text
     assert "no part of it does so by itself" in text
+
+
+def test_figures_that_cannot_be_written_name_their_own_file(tmp_path: Path) -> None:
+    path = tmp_path / "gone" / "ladder.json"
+    with pytest.raises(UserError, match=r"cannot write .*/gone/ladder\.json: No such file"):
+        ladder_report.save(report(row(0.2)), path)
 
 
 def test_the_document_holds_all_figures(tmp_path: Path) -> None:

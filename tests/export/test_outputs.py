@@ -41,8 +41,13 @@ def test_folders_and_missing_folders_are_said(tmp_path: Path, inputs: dict[str, 
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="is a folder"):
         outputs.check(tmp_path / "folder", inputs, overwrite=True)
-    with pytest.raises(UserError, match="--plot .* there is no folder"):
+    with pytest.raises(UserError, match=r"--plot .* there is no folder"):
         outputs.check(tmp_path / "no/x.png", inputs, overwrite=True, option="--plot")
+
+
+def test_a_device_is_not_replaced(inputs: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="is a device"):
+        outputs.check(Path(os.devnull), inputs, overwrite=True)
 
 
 def test_what_is_there_is_kept_unless_told(tmp_path: Path, inputs: dict[str, Path]) -> None:
@@ -58,5 +63,5 @@ def test_a_sensitivity_report_is_no_input_and_its_files_are_two(
     with pytest.raises(UserError, match="is the checkpoint itself"):
         sensitivity_report.check(inputs["the checkpoint"], None, inputs, overwrite=True)
     same = tmp_path / "x.png"
-    with pytest.raises(UserError, match="--plot .* is --out itself"):
+    with pytest.raises(UserError, match=r"--plot .* is --out itself"):
         sensitivity_report.check(same, same, inputs, overwrite=True)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
+from ltx_engines import cpu
 from ltx_engines.bundle import (
     Bundle,
     Precision,
@@ -23,7 +25,15 @@ from ltx_engines.bundle import (
     open_bundle,
 )
 from ltx_engines.errors import UserError
-from ltx_export import cli, coverage, invariants, onnxruntime_graph, quantized_graph, weights
+from ltx_export import (
+    cli,
+    coverage,
+    invariants,
+    lower,
+    onnxruntime_graph,
+    quantized_graph,
+    weights,
+)
 from ltx_export.graphs import Graphs, Model
 from ltx_export.onnx_bundle import check_graph
 from ltx_ref import quantization
@@ -34,7 +44,7 @@ from ltx_ref.quantization import CALIBRATED, FORMATS, Format
 from ltx_ref.quantized import QuantizedLinear
 from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
 from tests.export import quantized_files
-from tests.export.by_hand import parsed
+from tests.export.by_hand import computed, evaluated, parsed
 from tests.export.quantized_files import as_tensor, encoded, input_of, parts_of, weight_of
 from tests.ref.oracles import difference, normals
 
@@ -71,19 +81,19 @@ class Quantized:
 
 def quantized(model: ir.Model, path: Path, *, specialised: bool = True) -> Quantized:
     header = read_header(path)
-    data = path.read_bytes()
-
-    def read(name: str) -> bytes:
-        info = header.tensors[name]
-        return data[info.begin : info.end]
-
-    quantized_graph.insert(model, quantization.layers(header), read)
+    quantized_graph.insert(model, quantization.layers(header), quantized_graph.reader(header))
     found = weights.weights_of(header, path.name)
     quantized_graph.widen(model, found)
     integers = onnxruntime_graph.specialise(model) if specialised else 0
     weights.bind(model, found)
     model.ir_version = 10
     return Quantized(model, header, integers)
+
+
+def covered(graph: Quantized, model: ir.Model | None = None) -> coverage.Coverage:
+    """Of the graph, or of one that was made of it."""
+    layers, read = quantization.layers(graph.header), quantized_graph.reader(graph.header)
+    return coverage.count(model or graph.model, layers, read)
 
 
 def run_all(path: Path, feeds: Mapping[str, Array]) -> list[Array]:
@@ -273,7 +283,7 @@ def test_a_whole_transformer_is_that_of_pytorch(tmp_path: Path, name: str) -> No
     graph = quantized(tiny(path), path)
     table = graphs_of(path).model
     invariants.check(graph.model, table.table("transformer"), "float32", table.derived())
-    counted = coverage.count(graph.model, quantization.layers(graph.header))
+    counted = covered(graph)
     assert (counted.counts(), counted.missing) == ({chosen: LINEARS}, {})
     assert graph.integers == (LINEARS if form == "int8" else 0)
     feeds = feeds_of()
@@ -332,7 +342,7 @@ def test_layers_of_different_ranges_do_not_share(tmp_path: Path) -> None:
     path = quantized_files.write(tmp_path / "q.safetensors", "fp8", amax=limits)
     graph = quantized(tiny(path, opset=23), path)
     assert graph.kinds()["QuantizeLinear"] == 7 * TINY_BLOCKS + 1
-    assert not coverage.count(graph.model, quantization.layers(graph.header)).missing
+    assert not covered(graph).missing
 
 
 def quantization_layers() -> list[str]:
@@ -349,7 +359,7 @@ def test_layers_may_have_different_formats(tmp_path: Path) -> None:
 
     path = quantized_files.write(tmp_path / "q.safetensors", choose)
     graph = quantized(tiny(path), path)
-    counted = coverage.count(graph.model, quantization.layers(graph.header))
+    counted = covered(graph)
     assert counted.counts() == {"int8-wo": 4 * TINY_BLOCKS, "int8": 2 * TINY_BLOCKS}
     assert graph.integers == 2 * TINY_BLOCKS
     feeds = feeds_of()
@@ -374,6 +384,34 @@ def test_attention_in_one_node_is_attention(tmp_path: Path) -> None:
         assert difference(torch.from_numpy(found), torch.from_numpy(wanted)) < EXACT
 
 
+@pytest.mark.parametrize("mask", ["", ", mask"])
+def test_attention_in_one_node_keeps_a_scale_of_its_own(mask: str) -> None:
+    """1 / sqrt(6) would be taken if there were none."""
+    inputs = "float[B,T,24] q, float[B,S,24] k, float[B,S,24] v"
+    given = "" if not mask else ", float[B,1,1,S] mask"
+    attention = "Attention<q_num_heads = 4, kv_num_heads = 4, scale = 1.5>"
+    text = f"""g ({inputs}{given}) => (float[B,T,24] y)
+    {{ ["a.attn/Attention"] y = {attention}(q, k, v{mask}) }}"""
+    shapes = {"q": (2, 5, 24), "k": (2, 7, 24), "v": (2, 7, 24), "mask": (2, 1, 1, 7)}
+    names = ["q", "k", "v", *(["mask"] if mask else [])]
+    feeds = {n: normals(*shapes[n], seed=i).numpy() for i, n in enumerate(names)}
+    wanted, fused = evaluated(parsed(text), feeds), parsed(text)
+    lower.lower(fused)
+    assert onnxruntime_graph.fuse_attention(fused) == 1
+    found = computed(fused, feeds)
+    assert difference(torch.from_numpy(found), torch.from_numpy(wanted)) < EXACT
+
+
+def test_integer_products_are_promised_to_onnx_runtime_alone(tmp_path: Path) -> None:
+    path = quantized_files.write(tmp_path / "q.safetensors", "int8")
+    graph = quantized(tiny(path), path)
+    table = graphs_of(path).model
+    graph.model.graph.opset_imports[""] = 23
+    said = r"/QGemm_\d is a com\.microsoft:QGemm, which TensorRT does not have"
+    with pytest.raises(AssertionError, match=said):
+        invariants.check(graph.model, table.table("transformer"), "float32", table.derived())
+
+
 def test_a_graph_without_int8_layers_stays_readable_for_all(tmp_path: Path) -> None:
     path = quantized_files.write(tmp_path / "q.safetensors", "int8-wo")
     graph = quantized(tiny(path), path)
@@ -390,6 +428,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Format], Bund
     """ltx-tiny's transformer from the command line, in float32 but for its quantized layers."""
     folder = tmp_path_factory.mktemp("bundles")
 
+    @cache
     def export(form: Format) -> Bundle:
         path, out = folder / f"{form}.safetensors", folder / form
         if form in CALIBRATED:
@@ -421,6 +460,28 @@ def test_a_bundle_of_a_quantized_file_says_so_and_runs(
     wide = ltx_video.load(bundle.path.with_name(f"{form}.safetensors")).transformer.float()
     reference = wide(**feeds_of())
     assert distance(found, reference) < (0.05 if form in CALIBRATED else 3e-5)
+
+
+def test_a_cpu_whose_sums_would_saturate_computes_the_same_numbers(
+    bundles: Callable[[Format], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By weights without a sign: ONNX Runtime makes them wherever x86 has two kinds of products."""
+    bundle, found = bundles("int8"), {}
+    feeds = {name: feed.numpy() for name, feed in feeds_of().items()}
+    for saturating in (False, True):
+        monkeypatch.setattr(cpu, "saturates", lambda known=saturating: known)
+        with OnnxRuntimeSession.open(bundle, "transformer", threads=1) as session:
+            found[saturating] = session(feeds)["velocity"]
+    assert np.array_equal(found[True], found[False])
+
+
+def test_no_two_integer_products_share_zero_points(tmp_path: Path) -> None:
+    """The session that makes weights unsigned could not be opened."""
+    path = quantized_files.write(tmp_path / "q.safetensors", "int8")
+    products = [node for node in quantized(tiny(path), path).model.graph if node.op_type == "QGemm"]
+    names = [node.inputs[5] and node.inputs[5].name for node in products]
+    assert set(names) == {f"{layer}.weight_zero_point" for layer in quantization_layers()}
+    assert len(names) == LINEARS
 
 
 def test_nvfp4_is_refused_for_onnx_runtime_with_what_to_do(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from safetensors import safe_open
@@ -24,10 +25,11 @@ from ltx_export import cli, denoising, ladder, quantize, recipes, verify
 from ltx_export.calibration import Calibration
 from ltx_export.denoising import OnDevice, Walk, Weights
 from ltx_export.ladder import Report, Row
-from ltx_export.onnx_transformer import Graph, OnnxTransformer
+from ltx_export.onnx_transformer import FOLDER, Graph, OnnxTransformer
 from ltx_ref.checkpoint import read_header
 from ltx_ref.quantization import layers
 from ltx_ref.quantized import linears
+from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
 from tests.export.conftest import export
 
 TINY = Path(__file__).parents[2] / "runtime/ltx_trt/ltx_tiny"
@@ -113,6 +115,13 @@ def bundled(made: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The transformer of the fp8 file."""
     out = tmp_path_factory.mktemp("bundled") / "bundle"
     export(made.fp8, TINY / "text_encoder", out, "transformer", "--weights", "copy")
+    return out
+
+
+@pytest.fixture(scope="session")
+def bundled_int8(made: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("int8") / "bundle"
+    export(made.int8, TINY / "text_encoder", out, "transformer", "--weights", "copy")
     return out
 
 
@@ -379,10 +388,11 @@ def test_a_bundle_of_other_numbers_is_named_down_to_the_layer(
 
 
 @pytest.mark.parametrize("layer", ["2.attn1.to_out.0", "4.attn2.to_k", "1.ff.net.2"])
-def test_integer_products_are_followed_too(made: Quantized, tmp_path: Path, layer: str) -> None:
+def test_integer_products_are_followed_too(
+    made: Quantized, bundled_int8: Path, tmp_path: Path, layer: str
+) -> None:
     path = f"transformer_blocks.{layer}"
-    out = tmp_path / "int8"
-    export(made.int8, TINY / "text_encoder", out, "transformer", "--weights", "copy")
+    out = shutil.copytree(bundled_int8, tmp_path / "int8")
     doubled_in_place(out / made.int8.name, f"{PREFIX}{path}.weight_scale")
     resealed(out)
     culprit = climbed(order(made.int8, bundle=out)).culprit
@@ -420,6 +430,175 @@ def test_a_bundle_that_the_cpu_cannot_compute_is_counted_and_another_is_climbed(
     assert [skipped.rung for skipped in report.skipped] == ["onnx", "engine"]
     assert "a float32 export was climbed instead" in report.skipped[0].why
     assert rows(report, "onnx")
+
+
+@pytest.mark.parametrize("name", ["original", "fp8", "int8"])
+def test_a_bundle_in_float16_is_the_same_model(made: Quantized, tmp_path: Path, name: str) -> None:
+    checkpoint, out = getattr(made, name), tmp_path / "float16"
+    options = ("--precision", "float16", "--opset", "20")
+    export(checkpoint, TINY / "text_encoder", out, "transformer", *options)
+    report = climbed(order(checkpoint, bundle=out))
+    assert report.broken is None
+    layers_row = rows(report, "onnx")[
+        "layers float32" if name == "original" else "layers quantized"
+    ]
+    assert layers_row.distance > 1e-4, "it is not in float16"
+    assert ("code" in layers_row.bound.why) == (name != "original")
+
+
+def test_a_scale_that_is_a_tenth_off_breaks_float16_too(made: Quantized, tmp_path: Path) -> None:
+    path, out = "transformer_blocks.2.attn1.to_v", tmp_path / "float16"
+    wrong = made.fp8.with_name("wrong.safetensors")
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{PREFIX}{path}.weight_scale"] *= 1.1
+
+    changed(made.fp8, wrong, change)
+    options = ("--precision", "float16", "--opset", "20")
+    export(wrong, TINY / "text_encoder", out, "transformer", *options)
+    report = climbed(order(made.fp8, bundle=out))
+    assert report.broken is not None
+    assert (report.broken.rung, report.broken.output) == ("onnx", "layers")
+    assert report.culprit is not None
+    assert report.culprit.place == path
+
+
+Damage = Callable[[bytes], bytes]
+
+
+def of_graph(change: Callable[[onnx.GraphProto], None]) -> Damage:
+    def damage(data: bytes) -> bytes:
+        proto = onnx.load_from_string(data)
+        change(proto.graph)
+        found: bytes = proto.SerializeToString()
+        return found
+
+    return damage
+
+
+BIAS = f"{PREFIX}transformer_blocks.2.ff.net.2.bias"
+
+
+def without_bias(graph: onnx.GraphProto) -> None:
+    (add,) = (node for node in graph.node if BIAS in node.input)
+    (product,) = set(add.input) - {BIAS}
+    for node in graph.node:
+        node.input[:] = [product if name == add.output[0] else name for name in node.input]
+    graph.node.remove(add)
+
+
+def without_bias_and_initializer(graph: onnx.GraphProto) -> None:
+    without_bias(graph)
+    (bias,) = (tensor for tensor in graph.initializer if tensor.name == BIAS)
+    graph.initializer.remove(bias)
+
+
+def with_a_bias_that_is_taken_away(graph: onnx.GraphProto) -> None:
+    (add,) = (node for node in graph.node if BIAS in node.input)
+    add.op_type = "Sub"
+
+
+def without_names(graph: onnx.GraphProto) -> None:
+    for node in graph.node:
+        node.name = ""
+
+
+def with_another_output(graph: onnx.GraphProto) -> None:
+    for node in graph.node:
+        node.output[:] = ["speed" if name == "velocity" else name for name in node.output]
+    graph.output[0].name = "speed"
+
+
+def with_an_unknown_operator(graph: onnx.GraphProto) -> None:
+    next(node for node in graph.node if node.op_type == "Softmax").op_type = "Softmux"
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda _: b"hello world" * 20, "it cannot be read"),
+        (lambda _: b"", ""),
+        (lambda data: data[:-5000], ""),
+        (of_graph(without_bias), f"{BIAS} is not added once"),
+        (of_graph(without_bias_and_initializer), f"it has no {BIAS}"),
+        (of_graph(with_a_bias_that_is_taken_away), f"{BIAS} is not added once"),
+        (of_graph(without_names), "no node has a name in"),
+        (of_graph(with_another_output), "'speed' of the graph alone"),
+    ],
+)
+def test_a_damaged_graph_costs_one_line_and_no_climb(
+    made: Quantized, copy: Path, damage: Damage, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copy / "transformer.onnx"
+    path.write_bytes(damage(path.read_bytes()))
+    resealed(copy)
+    code = cli.main(command(made.fp8, "--bundle", str(copy)))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert f"{path} is not one of our graphs: {complaint}" in said[-1]
+    assert said[-1].endswith("export the bundle again (ltx-export onnx)")
+    assert not [line for line in said if "Traceback" in line or "encoding the prompt" in line]
+
+
+def test_a_graph_that_onnxruntime_refuses_is_not_climbed_either(
+    made: Quantized, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copy / "transformer.onnx"
+    path.write_bytes(of_graph(with_an_unknown_operator)(path.read_bytes()))
+    resealed(copy)
+    assert cli.main(command(made.fp8, "--bundle", str(copy))) == 2
+    said = capsys.readouterr().err
+    assert f"{path}: ONNX Runtime: " in said
+    assert "Softmux" in said
+    assert "encoding the prompt" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "wanted"),
+    [
+        ("original", "60 int8 layers", "no quantized layers"),
+        ("fp8", "60 int8 layers", "60 fp8 layers"),
+    ],
+)
+def test_a_bundle_of_another_checkpoint_is_refused(
+    made: Quantized, bundled_int8: Path, name: str, found: str, wanted: str
+) -> None:
+    complaint = f"holds a model with {found}, the checkpoint has {wanted}; give the bundle"
+    with pytest.raises(UserError, match=complaint):
+        climbed(order(getattr(made, name), bundle=bundled_int8))
+
+
+def test_a_float_bundle_is_not_of_a_quantized_file(made: Quantized, tmp_path: Path) -> None:
+    out = tmp_path / "float"
+    export(made.original, TINY / "text_encoder", out, "transformer", "--precision", "float32")
+    with pytest.raises(UserError, match="with no quantized layers, the checkpoint has 60 fp8"):
+        climbed(order(made.fp8, bundle=out))
+
+
+@pytest.mark.parametrize("name", ["bundled", "bundled_int8"])
+def test_onnxruntime_is_told_the_same_as_in_the_runtime(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it is the runtime's way to compute that is verified."""
+    told: list[dict[str, str]] = []
+
+    class Options(onnxruntime.SessionOptions):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            told.append({})
+
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            super().add_session_config_entry(key, value)
+            told[-1][key] = value
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+    opened = open_bundle(request.getfixturevalue(name))
+    OnnxTransformer(Graph(opened))
+    OnnxRuntimeSession.open(opened, "transformer", providers=["CPUExecutionProvider"])
+    own, theirs = told
+    assert own.pop(FOLDER)
+    assert own == theirs
+    assert ("session.disable_prepacking" in own) == (name == "bundled")
 
 
 def test_a_bundle_that_perturbs_otherwise_is_refused(made: Quantized, copy: Path) -> None:
@@ -464,6 +643,7 @@ def test_the_original_is_found_beside_the_file_and_must_be_that_one(
     [
         ({"prompt": " "}, "the prompt is empty"),
         ({"device": "cuda"}, "no CUDA GPU here; try cpu"),
+        ({"device": "tpu"}, "'tpu' is none of cpu, cuda and cuda:N"),
         ({"bounds": ("velocity=1",)}, "unknown bound 'velocity'"),
     ],
 )
@@ -503,6 +683,48 @@ def test_the_command_prints_a_table_and_writes_all_figures(
     assert found["passed"] is True
     assert found["bundle"] == str(bundled)
     assert {row["rung"] for row in found["rungs"]} == {"bfloat16", "quantized", "onnx"}
+
+
+def test_figures_do_not_replace_anything_unasked_and_no_input_ever(
+    made: Quantized, bundled: Path, tmp_path: Path, without_graph: None
+) -> None:
+    for path, what in (
+        (made.fp8, "is the checkpoint itself"),
+        (made.original, "is the original itself"),
+        (CONFIG, "is the pipeline's configuration itself"),
+        (TINY / "text_encoder" / "config.json", "is in the text encoder"),
+        (bundled / bundle.MANIFEST, "is in the bundle"),
+    ):
+        with pytest.raises(UserError, match=f"--json .* {what}"):
+            verify.check(order(made.fp8, bundle=bundled, figures=path, overwrite=True))
+    there = tmp_path / "ladder.json"
+    there.write_text("old", encoding="utf-8")
+    with pytest.raises(UserError, match="is already there; give --overwrite"):
+        verify.check(order(made.fp8, figures=there))
+    assert cli.main(command(made.fp8, "--json", str(there), "--overwrite")) == 0
+    assert json.loads(there.read_text(encoding="utf-8"))["passed"] is True
+
+
+def test_figures_without_a_folder_cost_one_line_before_any_work(
+    made: Quantized, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "none" / "ladder.json"
+    assert cli.main(command(made.fp8, "--json", str(path))) == 2
+    said = capsys.readouterr().err
+    assert f"there is no folder {path.parent}; create it first" in said
+    assert "encoding the prompt" not in said
+    assert "partial" not in said
+
+
+def test_weights_that_a_bundle_has_elsewhere_are_inputs_too(
+    made: Quantized, tmp_path: Path
+) -> None:
+    weights = tmp_path / "elsewhere.safetensors"
+    shutil.copyfile(made.fp8, weights)
+    out = tmp_path / "referring"
+    export(weights, TINY / "text_encoder", out, "transformer", "--weights", "refer")
+    with pytest.raises(UserError, match=r"is the bundle's .*elsewhere.* itself"):
+        climbed(order(made.fp8, bundle=out, figures=weights, overwrite=True))
 
 
 def test_a_rung_that_breaks_ends_the_command_with_1(

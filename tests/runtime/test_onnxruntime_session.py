@@ -2,12 +2,14 @@
 
 import builtins
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from ltx_engines import cpu
 from ltx_engines.bundle import (
     Bundle,
     QuantizationEntry,
@@ -165,27 +167,38 @@ def quantized(entry: StageEntry, **layers: int) -> StageEntry:
     return entry.model_copy(update={"quantization": found})
 
 
-def test_only_int8_products_get_a_private_copy_and_nothing_quantized_is_fused() -> None:
+@pytest.mark.parametrize("saturating", [False, True])
+def test_a_session_is_told_what_its_formats_want_of_this_cpu(
+    monkeypatch: pytest.MonkeyPatch, saturating: bool
+) -> None:
     import onnxruntime
 
+    monkeypatch.setattr(cpu, "saturates", lambda: saturating)
     plain = manifest().stages["transformer"]
-    entries = {
-        "no": plain,
-        "int8": quantized(plain, int8=4),
-        "fp8": quantized(plain, fp8=3, **{"int8-wo": 1}),
-    }
-    found = {}
-    for name, entry in entries.items():
+    keys = ("disable_prepacking", "disable_quant_qdq", "x64quantprecision")
+    for entry, formats in (
+        (plain, ()),
+        (quantized(plain, int8=4), ("int8",)),
+        (quantized(plain, fp8=3, **{"int8-wo": 1}), ("fp8", "int8-wo")),
+    ):
         options = module._options(onnxruntime, None, entry)
-        keys = ("session.disable_prepacking", "session.disable_quant_qdq")
-        chosen = []
-        for key in keys:
-            try:
-                chosen.append(options.get_session_config_entry(key))
-            except RuntimeError:  # so it says that nobody set it
-                chosen.append("0")
-        found[name] = tuple(chosen)
-    assert found == {"no": ("1", "0"), "int8": ("0", "1"), "fp8": ("1", "1")}
+        found = {}
+        for key in (f"session.{key}" for key in keys):
+            with suppress(RuntimeError):  # so it says that nobody set it
+                found[key] = options.get_session_config_entry(key)
+        assert found == cpu.session_options(formats)
+
+
+def test_integer_products_that_leave_the_gpu_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    plain = manifest().stages["transformer"].model_copy(update={"opset": 20})
+    tensorrt = plain.model_copy(update={"opset": 23})
+    for entry in (plain, quantized(plain, fp8=2, **{"int8-wo": 2}), quantized(tensorrt, int8=4)):
+        module._check_provider("transformer", entry, module.CUDA, module.CUDA)
+    module._check_provider("transformer", quantized(plain, int8=4), module.CPU, module.CPU)
+    assert not caplog.text
+    module._check_provider("transformer", quantized(plain, int8=4), module.CUDA, module.CUDA)
+    assert "transformer: its int8 products run on the CPU" in caplog.text
+    assert "--opset 23" in caplog.text
 
 
 def test_four_bit_floats_are_refused_with_what_computes_them(bundle: Bundle) -> None:

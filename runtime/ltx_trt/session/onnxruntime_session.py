@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from types import TracebackType
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from ltx_engines import cpu
 from ltx_engines.bundle import Bundle, StageEntry
 from ltx_engines.errors import UserError
 from ltx_trt.session import Array, Feeds, check_feeds
@@ -22,21 +23,12 @@ if TYPE_CHECKING:
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
-AS_THEY_LIE = (("session.disable_prepacking", "1"),)
 FOLDING = "ConstantFolding"
-"""Weights are used as they lie in the mapped file: not repacked, and their transposes not computed
-beforehand but fused into the product. The session is there at once and no step is slower
-(`benchmarks/load.py`). Not so where there are int8 layers: their products are 1.4 times as fast
-from a private, repacked copy, for which the other weights are copied too
-(`benchmarks/quantized_cpu.py`)."""
+"""Transposes of weights are not computed beforehand but fused into the product: weights are used as
+they lie in the mapped file, where their formats allow it (`ltx_engines.cpu`)."""
 
 FOLDER = "session.model_external_initializers_file_folder_path"
 """Where a graph that is given as bytes has its weights."""
-
-NO_FUSION = (("session.disable_quant_qdq", "1"),)
-"""ONNX Runtime makes integer products of QuantizeLinear and DequantizeLinear, where it finds them.
-Ours are already such products, and those of fp8 must not become any: there is no kernel
-(onnxruntime 1.31: `tensor(float8e4m3fn) of operator (MatMulIntegerToFloat) is invalid`)."""
 
 OPSET = 21
 """Beyond it, there is Attention, which wants a mask for each query (onnxruntime 1.31: `inconsistent
@@ -152,8 +144,12 @@ def _providers(available: Sequence[str], wished: Sequence[str] | None) -> list[s
     return list(wished)
 
 
+def _formats(entry: StageEntry) -> Collection[str]:
+    return () if entry.quantization is None else entry.quantization.layers
+
+
 def _check_formats(stage: str, entry: StageEntry) -> None:
-    if entry.quantization is not None and "nvfp4" in entry.quantization.layers:
+    if "nvfp4" in _formats(entry):
         raise UserError(
             f"stage {stage} is nvfp4, which only TensorRT computes, on SM120; quantize to int8 for "
             "ONNX Runtime: ltx-export quantize --recipe int8"
@@ -179,6 +175,13 @@ def _check_provider(stage: str, entry: StageEntry, wished: str, found: str) -> N
     if found != wished:
         log.warning("stage %s runs on %s, %s could not start", stage, found, wished)
         _check_cpu(stage, entry)
+    if found == CUDA and "int8" in _formats(entry) and (entry.opset or OPSET) <= OPSET:
+        log.warning(
+            "stage %s: its int8 products run on the CPU, to and from which all they read and give "
+            "is copied, for ONNX Runtime has none for CUDA; use the CPU alone, or export it for "
+            "TensorRT: ltx-export onnx --opset 23",
+            stage,
+        )
 
 
 def _options(ort: Any, threads: int | None, entry: StageEntry) -> Any:
@@ -187,9 +190,7 @@ def _options(ort: Any, threads: int | None, entry: StageEntry) -> Any:
     if threads is not None:
         options.intra_op_num_threads = threads
     options.enable_mem_pattern = False  # it reserves the weights' size twice: 13B finds no room
-    formats = () if entry.quantization is None else entry.quantization.layers
-    chosen = (*(NO_FUSION if formats else ()), *(() if "int8" in formats else AS_THEY_LIE))
-    for name, value in chosen:
+    for name, value in cpu.session_options(_formats(entry)).items():
         options.add_session_config_entry(name, value)
     return options
 
