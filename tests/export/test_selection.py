@@ -191,9 +191,15 @@ def test_a_similarity_that_cannot_be_is_refused(target: float) -> None:
 
 def test_a_report_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     found = measured(errors("fp8"), errors("int8", 2))
-    sensitivity_report.save(found, tmp_path / "new" / "s.json")
-    assert sensitivity_report.read(tmp_path / "new" / "s.json") == found
-    assert [file.name for file in (tmp_path / "new").iterdir()] == ["s.json"]
+    sensitivity_report.save(found, tmp_path / "s.json")
+    assert sensitivity_report.read(tmp_path / "s.json") == found
+    assert [file.name for file in tmp_path.iterdir()] == ["s.json"]
+
+
+def test_a_report_makes_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot write .*s\.json: No such file or directory"):
+        sensitivity_report.save(measured(errors("fp8")), tmp_path / "new" / "s.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_number_that_json_has_not_is_not_saved(tmp_path: Path) -> None:
