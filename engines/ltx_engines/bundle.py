@@ -25,10 +25,13 @@ from typing import Annotated, Literal
 from uuid import uuid4
 
 from platformdirs import user_cache_dir
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from ltx_engines import hashes, strict
+from ltx_engines.cache_key import EngineKey
 from ltx_engines.errors import UserError, nearest
+from ltx_engines.file_entry import Count, Frozen
+from ltx_engines.file_entry import FileEntry as FileEntry
 from ltx_engines.shapes import SPACE, TIME
 from ltx_engines.stages import FLOAT, OPTIONAL, STAGES, Tensor
 
@@ -39,20 +42,13 @@ AGAIN = "export the bundle again (ltx-export onnx)"
 Precision = Literal["float32", "float16", "bfloat16"]
 QuantizedFormat = Literal["fp8", "int8", "fp8-cast", "int8-wo", "int4-wo", "nvfp4"]
 StgMode = Literal["attention_values", "attention_skip", "transformer_block"]
-Count = Annotated[int, Field(ge=1)]
 PerStep = float | tuple[float, ...]
 """One number for the whole run, or one for each of the guidance timesteps."""
 
 log = logging.getLogger(__name__)
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-
-class TensorEntry(_Frozen):
+class TensorEntry(Frozen):
     """A tensor of stages.py with the element type that this bundle's engine really has."""
 
     name: str
@@ -60,7 +56,7 @@ class TensorEntry(_Frozen):
     axes: tuple[Count | str, ...]
 
 
-class QuantizationEntry(_Frozen):
+class QuantizationEntry(Frozen):
     """How many linear layers of a stage have which format, by what recipe; None if the file does
     not say."""
 
@@ -68,7 +64,7 @@ class QuantizationEntry(_Frozen):
     layers: dict[QuantizedFormat, Count]
 
 
-class StageEntry(_Frozen):
+class StageEntry(Frozen):
     """`file` and `weights`, the files that the graph points into, are keys of Manifest.files."""
 
     file: str
@@ -79,26 +75,23 @@ class StageEntry(_Frozen):
     quantization: QuantizationEntry | None = None
 
 
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+class EngineEntry(Frozen):
+    """What a builder made of a stage for some GPUs. `file` and `layers`, the table of its kernels,
+    are keys of Manifest.files; `counts` is the sum of the table (`ltx_export/layer_table.py`)."""
+
+    file: str
+    layers: str
+    key: EngineKey
+    counts: dict[str, int] = Field(default_factory=dict)
 
 
-class FileEntry(_Frozen):
-    """The hash says that a file is the same. Where nobody has read it all, the time of its last
-    change in nanoseconds and the hash of a sample (`hashes.sample`) stand for that."""
-
-    bytes: Annotated[int, Field(ge=0)]
-    sha256: Sha256 | None = None
-    modified_ns: int | None = None
-    sample: Sha256 | None = None
-
-
-class TokenizerEntry(_Frozen):
+class TokenizerEntry(Frozen):
     file: str
     max_length: Count
     pad_token_id: Annotated[int, Field(ge=0)]
 
 
-class NoiseBlock(_Frozen):
+class NoiseBlock(Frozen):
     """A noise input of the VAE decoder: `maps` images, `scale` times the latent grid's size."""
 
     name: str
@@ -106,7 +99,7 @@ class NoiseBlock(_Frozen):
     scale: Count
 
 
-class ModelFacts(_Frozen):
+class ModelFacts(Frozen):
     latent_channels: Count
     num_layers: Count
     causal_temporal_positioning: bool
@@ -117,7 +110,7 @@ class ModelFacts(_Frozen):
     space_compression: Count = SPACE
 
 
-class SchedulerFacts(_Frozen):
+class SchedulerFacts(Frozen):
     """The fields of the original RectifiedFlowScheduler, with its defaults."""
 
     num_train_timesteps: Count = 1000
@@ -128,7 +121,7 @@ class SchedulerFacts(_Frozen):
     shift: float | None = None
 
 
-class Defaults(_Frozen):
+class Defaults(Frozen):
     """What a run does when nobody says otherwise; the values are the original base config's."""
 
     width: Count = 1216
@@ -151,7 +144,7 @@ class Defaults(_Frozen):
     negative_prompt: str = "worst quality, inconsistent motion, blurry, jittery, distorted"
 
 
-class Manifest(_Frozen):
+class Manifest(Frozen):
     """`checkpoint`, `tokenizer.file` and the stages' files are keys of `files`.
 
     A key is a path inside the bundle or, for weights that stay where they are, an absolute one.
@@ -163,6 +156,7 @@ class Manifest(_Frozen):
     model_version: str
     precision: Precision
     stages: dict[str, StageEntry]
+    engines: tuple[EngineEntry, ...] = ()
     files: dict[str, FileEntry] = Field(default_factory=dict)
     checkpoint: str
     tokenizer: TokenizerEntry | None = None
@@ -222,6 +216,15 @@ def open_bundle(path: Path, *, cache: Path | None = None) -> Bundle:
         if found != wanted:
             raise _other_hash(file, found, wanted)
     return Bundle(path, manifest)
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest alone; nobody has looked whether the files are as it says.
+
+    Raises:
+        UserError: the folder is no bundle, or not one that this program reads.
+    """
+    return _read(folder)
 
 
 @contextmanager
@@ -297,12 +300,27 @@ def reseal(folder: Path, *, accept_changed: bool = False) -> tuple[str, ...]:
         with _told(file):
             found = hashes.sha256(file)
         if entry.sha256 is None:
-            added[name] = FileEntry(bytes=entry.bytes, sha256=found)
+            added[name] = FileEntry(  # engines were built of what the sample stands for
+                bytes=entry.bytes, sha256=found, sample=hashes.sample(file)
+            )
         elif found != entry.sha256:
             raise _other_hash(file, found, entry.sha256)
     with _told(f"cannot seal {folder}"):
         _write(folder, manifest.model_copy(update={"files": {**manifest.files, **added}}))
     return tuple(added)
+
+
+def update(folder: Path, manifest: Manifest) -> None:
+    """Put a manifest in the place of another; its files are there already.
+
+    Raises:
+        ValueError: it names a file that it does not describe.
+        UserError: it cannot be written.
+    """
+    if problem := _loose_end(manifest):
+        raise ValueError(f"cannot update {folder}: {problem}")
+    with _told(f"cannot write {folder}"):
+        _write(folder, manifest)
 
 
 def _write(folder: Path, manifest: Manifest) -> None:
@@ -363,9 +381,16 @@ def _loose_end(manifest: Manifest) -> str:
             return f"unknown stage {name!r}{nearest(name, known)}"
         named[f"stages.{name}.file"] = stage.file
         named |= {f"stages.{name}.weights.{i}": file for i, file in enumerate(stage.weights)}
+    for index, engine in enumerate(manifest.engines):
+        if engine.key.stage not in manifest.stages:
+            return f"engines.{index} is of {engine.key.stage!r}, which is not among stages"
+        named |= {f"engines.{index}.{k}": getattr(engine, k) for k in ("file", "layers")}
     for where, file in named.items():
         if file not in manifest.files:
             return f"{where} is {file!r}, which is not among files{nearest(file, manifest.files)}"
+    for engine in manifest.engines:  # a plan is code: nobody runs it unread
+        if manifest.files[engine.file].sha256 is None:
+            return f"files.{engine.file} is an engine and has no sha256"
     return ""
 
 
