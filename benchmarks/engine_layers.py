@@ -5,32 +5,15 @@ Without a GPU no engine can be opened and inspected, but a verbose builder ends 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tensorrt_rtx as trt
 
-
-@dataclass(frozen=True, slots=True)
-class Operand:
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A kernel of the builder's table, and the graph's nodes that it computes."""
-
-    name: str
-    kind: str
-    inputs: tuple[Operand, ...]
-    constants: tuple[Operand, ...]
-    outputs: tuple[Operand, ...]
-    nodes: frozenset[str]
+from ltx_export import layer_table
+from ltx_export.layer_table import Layer
 
 
 class BuildError(Exception):
@@ -80,55 +63,20 @@ def build(path: Path, sizes: Mapping[str, int], capability: str) -> Built:
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise BuildError(f"{path} was not built for {capability}: {log.errors[:1]}")
-    return Built(engine.nbytes, tuple(layers("\n".join(log.lines))))
+    return Built(engine.nbytes, tuple(layer_table.layers("\n".join(log.lines))))
 
 
 def quantized(built: Built, path: str) -> str | None:
     """The type in which a linear layer's activations and weights are multiplied, if it is one of
     less than 16 bits and the product a kernel of its own or one with its neighbours'."""
-    for layer in built.layers:
-        if layer.kind == "gemm" and f"{path}/MatMul" in layer.nodes and layer.constants:
-            types = {layer.inputs[0].dtype, layer.constants[0].dtype}
-            return types.pop() if len(types) == 1 and types <= CODES else None
-    return None
-
-
-CODES = {"FP8", "Int8", "FP4E2M1"}
+    return next(iter(layer_table.products(built.layers).get(path, ())), None)
 
 
 def attentions(built: Built) -> int:
     """Attentions that are one kernel."""
-    return sum(FUSED in layer.name for layer in built.layers)
-
-
-FUSED = "_gemm_mha"
+    return layer_table.attentions(built.layers)
 
 
 def scores(built: Built, size: int) -> list[str]:
     """Kernels that write a score for each query and key to memory."""
-    return [
-        layer.name
-        for layer in built.layers
-        if any(operand.shape[-2:] == (size, size) for operand in layer.outputs)
-    ]
-
-
-LINE = re.compile(r"(?=Name: [^,]+, LayerType: )")
-NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
-OPERAND = re.compile(r"Name: ([^,]+), Dimensions: \[([^\]]*)\].*?Datatype: (\w+)")
-
-
-def layers(log: str) -> Iterator[Layer]:
-    """The table that a verbose builder prints at its end."""
-    for text in LINE.split(log):
-        if head := re.match(r"Name: ([^,]+), LayerType: ([^,]+)", text):
-            parts = (tuple(_operands(text, p)) for p in ("Inputs", "Constants", "Outputs"))
-            inputs, constants, outputs = parts
-            nodes = frozenset(NODE.findall(text))
-            yield Layer(head[1], head[2], inputs, constants, outputs, nodes)
-
-
-def _operands(text: str, part: str) -> Iterator[Operand]:
-    listed = re.search(rf"{part}: \[(.*?)\](?=, (?:Constants|Outputs|TacticName))", text)
-    for name, sizes, dtype in OPERAND.findall(listed[1] if listed else ""):
-        yield Operand(name, tuple(map(int, filter(None, sizes.split(",")))), dtype)
+    return layer_table.scores(built.layers, [size])
