@@ -2,57 +2,25 @@
 
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from ltx_engines.command import invoke
-from ltx_engines.errors import UserError, nearest
-from ltx_engines.stages import OPTIONAL, STAGES
-from ltx_export import quantization_commands
+from ltx_engines.errors import UserError
+from ltx_export import engine_commands, quantization_commands
 from ltx_export.console import check_packages, follow
-from ltx_ref.checkpoint import CheckpointError
-
-
-class Weights(StrEnum):
-    link = "link"
-    copy = "copy"
-    refer = "refer"
-
-
-class StgModes(StrEnum):
-    attention_values = "attention_values"
-    attention_skip = "attention_skip"
-    transformer_block = "transformer_block"
-
-
-class Precisions(StrEnum):
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
-Lora = Annotated[
-    list[str], typer.Option(metavar="FILE[:STRENGTH]", help="Fuse a LoRA; may be repeated.")
-]
-Placement = Annotated[
+from ltx_export.options import (
+    IgnoreKeys,
+    Lora,
+    Mode,
+    Placement,
+    Precisions,
     Weights,
-    typer.Option(
-        help="Hard links cost no disk, copies can leave the disk, references lead anywhere."
-    ),
-]
-Mode = Annotated[
-    StgModes | None, typer.Option(help="What guidance by perturbed blocks does to them.")
-]
-IgnoreKeys = Annotated[
-    list[str],
-    typer.Option(
-        "--ignore-config-key",
-        help="A key of the checkpoint's configuration to pass over; may be repeated.",
-    ),
-]
+    chosen_stages,
+)
+from ltx_ref.checkpoint import CheckpointError
 
 app = typer.Typer(
     name="ltx-export",
@@ -100,7 +68,7 @@ def onnx(  # noqa: PLR0913 - options of a command
     ignore_config_key: IgnoreKeys = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Write one ONNX graph for each stage; their weights stay in the original files."""
-    chosen = _stages(stages)
+    chosen = chosen_stages(stages)
     check_packages("onnx")
     from ltx_export.onnx_bundle import Order, write
 
@@ -230,7 +198,7 @@ def plan(  # noqa: PLR0913 - options of a command
     from ltx_export.plan_question import Question, usual
     from ltx_ref.text import MAX_LENGTH
 
-    wanted = _stages(stages)
+    wanted = chosen_stages(stages)
     found = sources.read(checkpoint, text_encoder, upsampler, ignore_config_key)
     usual_steps, usual_branches = usual(found.config)
     question = Question(
@@ -272,29 +240,13 @@ def inspect(
         typer.echo(line)
 
 
-for command in quantization_commands.COMMANDS:
+for command in (*quantization_commands.COMMANDS, *engine_commands.COMMANDS):
     app.command()(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     return invoke(app, "ltx-export", arguments, mendable=(CheckpointError,))
-
-
-def _stages(words: str) -> tuple[str, ...] | None:
-    """In the order of the table, whatever the order on the command line; None for all."""
-    if words == "all":
-        return None
-    known = (*STAGES, *OPTIONAL)
-    chosen = [word.strip() for word in words.split(",")]
-    if "all" in chosen:
-        raise UserError(f"--stages {words}: all means each of them; name some, or only all")
-    for word in chosen:
-        if word not in known:
-            raise UserError(
-                f"unknown stage {word!r}{nearest(word, known)}; known are all, {', '.join(known)}"
-            )
-    return tuple(stage for stage in known if stage in chosen)
 
 
 def _opset(number: int | None) -> Literal[20, 23] | None:

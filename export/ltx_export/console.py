@@ -36,5 +36,6 @@ def follow(steps: Iterator[str]) -> float:
             if following != step:
                 step, start = following, time.perf_counter()
             status.update(shown)
-        console.print(f"{step}: {time.perf_counter() - start:.1f} s")
+        if step:
+            console.print(f"{step}: {time.perf_counter() - start:.1f} s")
     return time.perf_counter() - begin

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 import onnx
 import onnx_ir as ir
 from platformdirs import user_cache_dir
 
 from ltx_engines import bundle, hashes, stages
-from ltx_engines.bundle import Hashing, Manifest, StageEntry, StgMode
+from ltx_engines.bundle import Hashing, Manifest, StageEntry
 from ltx_engines.errors import UserError
 from ltx_export import (
     __version__,
@@ -27,6 +26,8 @@ from ltx_export import (
     weights,
 )
 from ltx_export.graphs import Graphs
+from ltx_export.onnx_order import Opset as Opset
+from ltx_export.onnx_order import Order as Order
 from ltx_export.pipeline_defaults import Pipeline
 from ltx_export.sources import TEXT_FOLDER, TOKENIZER, Derived, Sources
 from ltx_ref.checkpoint import Header
@@ -38,31 +39,6 @@ IR_VERSION = 10
 
 OPSET = {"float32": 20, "float16": 20, "bfloat16": 23}
 """Unless the user chooses: ONNX Runtime's CPU has no bfloat16, TensorRT wants it."""
-
-Opset = Literal[20, 23]
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What the user asked for."""
-
-    checkpoint: Path
-    out: Path
-    text_encoder: Path | None = None
-    upsampler: Path | None = None
-    stages: tuple[str, ...] | None = None
-    """None: all whose files are given."""
-    pipeline_config: Path | None = None
-    stg_mode: StgMode | None = None
-    precision: bundle.Precision | None = None
-    """None leaves the weights as they are."""
-    loras: tuple[str, ...] = ()
-    opset: Opset | None = None
-    weights: Literal["link", "copy", "refer"] = "link"
-    hash_everything: bool = False
-    name: str | None = None
-    overwrite: bool = False
-    ignore_config_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,10 +131,14 @@ def largest(words: Sequence[str]) -> VideoShape:
         UserError: one is not a shape, or not one that the model can make.
     """
     ends = [end for word in words for end in word.split("..")]
-    return max((_shape(end) for end in ends), key=lambda shape: shape.tokens)
+    return max((clip(end) for end in ends), key=lambda shape: shape.tokens)
 
 
-def _shape(word: str) -> VideoShape:
+def clip(word: str) -> VideoShape:
+    """
+    Raises:
+        UserError: it is not `WxHxF`, or not a clip that the model can make.
+    """
     match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", word.strip())
     if not match:
         raise UserError(f"shape {word!r} is not WIDTHxHEIGHTxFRAMES; an example is 1216x704x121")

@@ -1,0 +1,356 @@
+"""One engine from one graph, by TensorRT or TensorRT-RTX: the only file that imports a builder.
+
+    python -m ltx_export.build < JOB        what build_process.py runs, one process for each engine
+
+The process reads a job from the first line of its input and writes one JSON object in each line of
+its output: {"phase": ..., "of": ..., "done": ...} while it builds, and at last {"built": ...} or
+{"failed": ...}. It ends when its input does, so a parent that dies takes it along.
+"""
+
+import ctypes
+import hashlib
+import json
+import mmap
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, Any
+
+from ltx_engines.errors import UserError
+from ltx_engines.targets import Flavour
+from ltx_export import layer_table
+
+MODULES: Mapping[Flavour, str] = MappingProxyType(
+    {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+)
+COMMANDS: Mapping[Flavour, str] = MappingProxyType(
+    {
+        "tensorrt": "pip install tensorrt --extra-index-url https://pypi.nvidia.com",
+        "tensorrt-rtx": "pip install 'ltx-trt[tensorrt-rtx]'",
+    }
+)
+CUDA_MAJORS = ("", "-cu13", "-cu12")
+"""Ends of the distributions' names."""
+
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""The smallest, likeliest and largest shape of an input."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """`weights` are the files that the graph points into when it cannot be parsed where it lies:
+    its own words for them, and where they are. `types` are the element types of inputs and outputs
+    as the table of tensors has them. `workspace` is in bytes."""
+
+    graph: Path
+    engine: Path
+    layers: Path
+    flavour: Flavour
+    version: str
+    targets: tuple[int, ...]
+    profiles: tuple[Mapping[str, Shapes], ...]
+    types: Mapping[str, str]
+    weights: Mapping[str, str] = field(default_factory=dict)
+    optimization_level: int | None = None
+    workspace: int | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), default=str)
+
+
+def from_json(text: str) -> Job:
+    data = json.loads(text)
+    paths = {name: Path(data[name]) for name in ("graph", "engine", "layers")}
+    return Job(**data | paths | {"targets": tuple(data["targets"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What was written: the engine's size and hash, and what it needs beside its weights."""
+
+    bytes: int
+    sha256: str
+    activations: int
+
+
+class BuildError(Exception):
+    """The builder's first complaint."""
+
+
+def version(flavour: Flavour) -> str:
+    """Of the builder that is installed, without loading it.
+
+    Raises:
+        UserError: there is none.
+    """
+    module = MODULES[flavour]
+    if find_spec(module) is not None:
+        for end in CUDA_MAJORS:
+            try:
+                return installed(f"{module}{end}")
+            except PackageNotFoundError:
+                continue
+        return str(import_module(module).__version__)  # unpacked by hand
+    raise UserError(f"{module} is not installed, which builds for {flavour}; {COMMANDS[flavour]}")
+
+
+def build(job: Job, tell: Callable[[dict[str, object]], None]) -> Built:
+    """Write engine and table to the job's files, which are the caller's to remove on failure.
+
+    Raises:
+        BuildError: the builder refuses.
+        UserError: the job is for another machine.
+    """
+    trt = import_module(MODULES[job.flavour])
+    if trt.__version__ != job.version:
+        raise UserError(
+            f"{job.flavour} {trt.__version__} was loaded, {job.version} is installed; "
+            f"repair it: {COMMANDS[job.flavour]}"
+        )
+    if job.flavour == "tensorrt":
+        _check_card(job.targets)
+    log = _log(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(_strongly_typed(trt))
+    with _Mapped(job) as mapped:
+        _parse(trt.OnnxParser(network, log), job, mapped, log)
+        _check_types(trt, network, job)
+        config = _config(trt, builder, job)
+        config.progress_monitor = _monitor(trt, tell)
+        for shapes in job.profiles:
+            profile = builder.create_optimization_profile()
+            for name, ends in shapes.items():
+                profile.set_shape(name, *ends)
+            config.add_optimization_profile(profile)
+        with job.engine.open("wb") as file:
+            writer = _writer(trt, file)
+            if not builder.build_serialized_network_to_stream(network, config, writer):
+                raise BuildError(_complaint(log))
+            file.flush()
+            os.fsync(file.fileno())
+    table = tuple(layer_table.layers("\n".join(log.tables)))
+    job.layers.write_text(layer_table.to_json(table), encoding="utf-8")
+    return Built(writer.bytes, writer.digest.hexdigest(), log.activations)
+
+
+def _strongly_typed(trt: Any) -> int:
+    """TensorRT 11 knows nothing else."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _config(trt: Any, builder: Any, job: Job) -> Any:
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if job.flavour == "tensorrt-rtx":
+        config.num_compute_capabilities = len(job.targets)
+        for index, target in enumerate(job.targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{target}"), index)
+    if job.optimization_level is not None:
+        config.builder_optimization_level = job.optimization_level
+    if job.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace)
+    return config
+
+
+def _parse(parser: Any, job: Job, mapped: "_Mapped", log: Any) -> None:
+    if not job.weights:
+        read = parser.parse_from_file(str(job.graph))
+    else:  # a parser follows relative paths only
+        read = parser.load_model_proto(job.graph.read_bytes())
+        for name, address, size in mapped.initializers():
+            read = read and parser.load_initializer(name, address, size)
+        read = read and parser.parse_model_proto()
+    if not read:
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        said = [f"{error.node_name()}: {error.desc()}" for error in errors]
+        raise BuildError(said[0] if said else _complaint(log))
+
+
+class _Mapped:
+    """The files of weights, mapped for as long as the builder reads them."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.maps: dict[str, mmap.mmap] = {}
+
+    def __enter__(self) -> "_Mapped":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The maps end with the process: a builder may hold their addresses until then."""
+
+    def initializers(self) -> list[tuple[str, int, int]]:
+        """Name, address and bytes of what the graph says lies in files."""
+        import onnx
+
+        proto = onnx.load(self.job.graph, load_external_data=False)
+        found = []
+        for tensor in proto.graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                said = {entry.key: entry.value for entry in tensor.external_data}
+                address = self._address(said["location"]) + int(said.get("offset", 0))
+                found.append((tensor.name, address, int(said["length"])))
+        return found
+
+    def _address(self, location: str) -> int:
+        if location not in self.maps:
+            with Path(self.job.weights[location]).open("rb") as file:
+                # A private map may be written to, which ctypes wants; nobody does.
+                self.maps[location] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.maps[location]))
+
+
+def _check_types(trt: Any, network: Any, job: Job) -> None:
+    """A scale of another type than its activations changes an output's type without a word."""
+    words = {trt.DataType.BF16: "bfloat16", trt.DataType.HALF: "float16"}
+    words |= {trt.DataType.FLOAT: "float32", trt.DataType.INT64: "int64"}
+    tensors = [network.get_input(index) for index in range(network.num_inputs)]
+    tensors += [network.get_output(index) for index in range(network.num_outputs)]
+    found = {tensor.name: words.get(tensor.dtype, str(tensor.dtype)) for tensor in tensors}
+    for name, wanted in job.types.items():
+        if found.get(name) != wanted:
+            raise BuildError(f"{name} is {found.get(name, 'not there')}, the table says {wanted}")
+
+
+def _complaint(log: Any) -> str:
+    return log.errors[0] if log.errors else "it gave no reason"
+
+
+def _log(trt: Any) -> Any:
+    """Keeps the complaints, and what of a verbose log is worth it: a 2B model's has 20 MB."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.tables: list[str] = []
+            self.activations = 0
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(" ".join(message.split()))
+            elif message.startswith(ACTIVATIONS):
+                self.activations = int(message.removeprefix(ACTIVATIONS).split()[0])
+            elif layer_table.is_table(message):
+                self.tables.append(message)
+
+    return Log()
+
+
+ACTIVATIONS = "Total Activation Memory: "
+
+
+def _writer(trt: Any, file: IO[bytes]) -> Any:
+    """The engine goes to the disk piece by piece, and is hashed on the way."""
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.digest = hashlib.sha256()
+            self.bytes = 0
+
+        def write(self, data: bytes) -> int:
+            self.digest.update(data)
+            self.bytes += file.write(data)
+            return len(data)
+
+    return Writer()
+
+
+def _monitor(trt: Any, tell: Callable[[dict[str, object]], None]) -> Any:
+    """Tells of the outermost phase that has steps."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, _: str | None, steps: int) -> None:
+            self.steps[phase] = steps
+            tell({"phase": phase, "done": 0, "of": steps})
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            tell({"phase": phase, "done": step + 1, "of": self.steps.get(phase, 0)})
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            self.steps.pop(phase, None)
+
+    return Monitor()
+
+
+MAJOR, MINOR = 75, 76
+"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*."""
+
+
+def _check_card(targets: tuple[int, ...]) -> None:
+    """TensorRT measures kernels on the card that it builds for."""
+    found = card()
+    if found is None:
+        raise UserError(
+            "TensorRT builds on the GPU that it builds for, and there is none here; build where "
+            "it is, or for a consumer card anywhere with --backend tensorrt-rtx"
+        )
+    if targets != (found,):
+        wanted = ", ".join(f"SM{target}" for target in targets)
+        raise UserError(
+            f"TensorRT builds for the GPU at hand, which is SM{found}, not for {wanted}; "
+            f"give --gpu sm{found} alone"
+        )
+
+
+def card() -> int | None:
+    """The compute capability of the first visible GPU; None if there is none."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device = ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    numbers = ctypes.c_int(), ctypes.c_int()
+    for number, attribute in zip(numbers, (MAJOR, MINOR), strict=True):
+        if cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
+            return None
+    return 10 * numbers[0].value + numbers[1].value
+
+
+def main() -> int:
+    """What the builder prints goes to stderr, so that stdout stays a protocol."""
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as channel:
+        os.dup2(2, 1)
+
+        def tell(message: dict[str, object]) -> None:
+            channel.write(json.dumps(message) + "\n")
+            channel.flush()
+
+        job = from_json(sys.stdin.readline())
+        threading.Thread(target=_end_with_input, daemon=True).start()
+        try:
+            built = build(job, tell)
+        except (BuildError, UserError, OSError) as error:
+            tell({"failed": str(error), "mendable": isinstance(error, UserError)})
+            return 2
+        tell({"built": asdict(built)})
+        channel.flush()
+        os._exit(0)  # a builder's own end may take seconds, and may crash
+
+
+def _end_with_input() -> None:
+    # The descriptor, since a thread in sys.stdin would hold its lock at exit.
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The sizes that an engine accepts, from the clips that were asked for and the table of tensors.
+
+A clip is a bucket: a profile of its own, with kernels of its own, while the weights are shared
+(TensorRT-RTX 1.7.1, 2026-11: a second profile of three 2048 x 2048 layers adds 15 kB to 25 MB).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ltx_engines.bundle import Manifest, StageEntry, TensorEntry
+from ltx_engines.cache_key import Profile, Range
+from ltx_engines.shapes import VideoShape
+from ltx_export import axes
+from ltx_export.build import Shapes
+from ltx_export.plan_question import clip
+from ltx_ref.text import MAX_LENGTH
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """`shapes` are `WxHxF` or `WxHxF..WxHxF`; `branches` are the transformer's passes of a step.
+
+    `per_token` adds to each clip a profile with a timestep for each token, as images need it.
+    """
+
+    shapes: tuple[str, ...]
+    branches: int
+    text_tokens: int
+    per_token: bool = False
+
+
+def usual_branches(manifest: Manifest) -> int:
+    """The prompt's, and one each for CFG and STG where the bundle's defaults have them."""
+    defaults = manifest.defaults
+    return 1 + (_largest(defaults.guidance_scale) > 1) + (_largest(defaults.stg_scale) > 0)
+
+
+def _largest(scale: float | tuple[float, ...]) -> float:
+    return max(scale) if isinstance(scale, tuple) else scale
+
+
+def text_tokens(manifest: Manifest) -> int:
+    return MAX_LENGTH if manifest.tokenizer is None else manifest.tokenizer.max_length
+
+
+def profiles(stage: str, manifest: Manifest, buckets: Buckets) -> tuple[Profile, ...]:
+    """One for each clip, or what a clip is to this stage, without doubles."""
+    entry, derived = manifest.stages[stage], _derived(manifest)
+    found: list[Profile] = []
+    for sizes in _sizes(stage, buckets):
+        profile = {name: _size(name, sizes, derived) for name in names(entry)}
+        if profile not in found:
+            found.append(profile)
+    return tuple(found)
+
+
+def names(entry: StageEntry) -> tuple[str, ...]:
+    """The axes of the inputs that have a name."""
+    every = (axis for tensor in entry.inputs for axis in tensor.axes if isinstance(axis, str))
+    return tuple(dict.fromkeys(every))
+
+
+def shapes(entry: StageEntry, profile: Profile) -> dict[str, Shapes]:
+    """Of each input."""
+
+    def end(tensor: TensorEntry, index: int) -> tuple[int, ...]:
+        return tuple(
+            axis if isinstance(axis, int) else profile[axis][index] for axis in tensor.axes
+        )
+
+    return {
+        tensor.name: (end(tensor, 0), end(tensor, 1), end(tensor, 2)) for tensor in entry.inputs
+    }
+
+
+def _derived(manifest: Manifest) -> dict[str, axes.Derived]:
+    scales = {int(n.name.rpartition("_")[2]): n.scale for n in manifest.model.noise_blocks}
+    return {**axes.DERIVED, **axes.noise_axes(scales)}
+
+
+def _sizes(stage: str, buckets: Buckets) -> Iterator[dict[str, Range]]:
+    """The free axes of each bucket, and `timesteps`, which is free in an engine."""
+    batch = {"transformer": buckets.branches, "text_encoder": min(buckets.branches, 2)}
+    most = batch.get(stage, 1)
+    for word in buckets.shapes:
+        sizes = _grid(*ends(word)) | {"batch": (1, most, most), "text": _fixed(buckets.text_tokens)}
+        yield sizes | {"timesteps": (1, 1, 1)}
+        if buckets.per_token and stage == "transformer":
+            yield sizes | {"timesteps": sizes["tokens"]}
+        if stage == "vae_encoder":  # an image that a clip begins with
+            yield sizes | {"latent_frames": (1, 1, 1)}
+
+
+def ends(word: str) -> tuple[VideoShape, VideoShape]:
+    """
+    Raises:
+        UserError: it is neither `WxHxF` nor `WxHxF..WxHxF`.
+    """
+    least, between, most = word.partition("..")
+    return clip(least), clip(most if between else least)
+
+
+def _grid(least: VideoShape, most: VideoShape) -> dict[str, Range]:
+    """A range is tuned for its last clip."""
+    sides = ("latent_frames", "latent_height", "latent_width")
+    pairs = dict(zip(sides, zip(least.latent, most.latent, strict=True), strict=True))
+    pairs["tokens"] = (least.tokens, most.tokens)
+    return {name: (min(pair), pair[1], max(pair)) for name, pair in pairs.items()}
+
+
+def _fixed(size: int) -> Range:
+    return size, size, size
+
+
+def _size(name: str, sizes: Mapping[str, Range], derived: Mapping[str, axes.Derived]) -> Range:
+    if name in sizes:
+        return sizes[name]
+    rule = derived[name]
+    least, likely, most = (rule.factor * size + rule.offset for size in sizes[rule.root])
+    return least, likely, most

@@ -1,0 +1,98 @@
+"""What can be known of an engine before it is built: what no builder accepts, and what its kernels
+must be."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from types import MappingProxyType
+
+from ltx_engines.bundle import Bundle, StageEntry
+from ltx_engines.cache_key import EngineKey
+from ltx_engines.errors import UserError
+from ltx_engines.targets import Flavour, Precision, Target
+from ltx_export.build import MODULES
+from ltx_export.layer_table import CODES, Wanted
+from ltx_export.plan_question import FLOATS, STORED_AS
+from ltx_ref import quantization
+from ltx_ref.checkpoint import read_header
+from ltx_ref.quantization import Format
+
+log = logging.getLogger(__name__)
+
+SHORT: Mapping[str, Precision] = MappingProxyType({long: word for word, long in FLOATS.items()})
+
+
+def flavour(cards: tuple[Target, ...], wish: Flavour | None) -> Flavour:
+    """The builder for these GPUs: the one that is wished, else the first that is installed.
+
+    Raises:
+        UserError: none builds for all of them.
+    """
+    legal: list[Flavour] = [f for f in cards[0].flavours if all(f in c.flavours for c in cards)]
+    if wish is not None and wish not in legal:
+        other = next(card for card in cards if wish not in card.flavours)
+        raise UserError(
+            f"{wish} does not build for {other.name} (SM{other.capability}); use --backend "
+            f"{other.flavours[0]}, or leave out this --gpu"
+        )
+    if wish is not None:
+        return wish
+    present = [f for f in legal if find_spec(MODULES[f]) is not None]
+    return next(iter((*present, *legal)))
+
+
+def check(stage: str, entry: StageEntry, cards: tuple[Target, ...]) -> None:
+    """
+    Raises:
+        UserError: the stage is of a precision that one of the GPUs has not, or its graph is one
+            for ONNX Runtime.
+    """
+    for card in cards:
+        for precision in precisions(entry):
+            if reason := card.refusal(precision):
+                raise UserError(f"{stage}: {reason}")
+    quantized = entry.quantization is not None
+    if quantized and entry.opset is not None and entry.opset < OPSET:
+        raise UserError(
+            f"{stage} is quantized for ONNX Runtime (opset {entry.opset}); export it with "
+            f"--opset {OPSET}"
+        )
+    if stage in ATTENDS and entry.opset == OPSET and "fp32" in precisions(entry):
+        raise UserError(
+            f"{stage} is float32, for which no attention kernel is; export it with --opset 20, or "
+            "with --precision bfloat16 or float16"
+        )
+
+
+OPSET = 23
+ATTENDS = frozenset({"text_encoder", "transformer"})
+"""Stages whose graphs have the operator Attention at opset 23."""
+
+
+def precisions(entry: StageEntry) -> Iterator[Precision]:
+    """Of the stage's activations and, where other, of its weights."""
+    yield from dict.fromkeys(SHORT[t.dtype] for t in entry.outputs if t.dtype in SHORT)
+    if entry.quantization is not None:
+        yield from dict.fromkeys(STORED_AS[form] for form in entry.quantization.layers)
+
+
+def wanted(opened: Bundle, key: EngineKey) -> Wanted:
+    """What the files say that the kernels must be."""
+    import onnx
+
+    entry = opened.stage(key.stage)
+    proto = onnx.load(opened.file(entry.file), load_external_data=False)
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    sizes = {size for tensor in proto.graph.initializer for size in tensor.dims}
+    products: dict[str, Format] = {}
+    for name in entry.weights:
+        layers = quantization.layers(read_header(opened.file(name)))
+        products |= {
+            path: layer.format
+            for path, layer in layers.items()
+            if layer.format in CODES and f"{path}.weight" in weights
+        }
+    # A length that is also a width of the model would make scores of activations.
+    tokens = {p["tokens"][2] for p in key.profiles if "tokens" in p} - sizes
+    attentions = sum(node.op_type == "Attention" for node in proto.graph.node)
+    return Wanted(len(key.profiles), products, attentions, frozenset(tokens))

@@ -1,0 +1,172 @@
+"""The graphs that engines are built of: in the bundle already, in another one, or in a checkpoint.
+
+A bundle remembers what its graphs were made of. When that has changed they are made anew, while its
+engines stay until they are found to be of other graphs.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from ltx_engines import bundle, hashes
+from ltx_engines.bundle import Hashing, Manifest
+from ltx_engines.errors import UserError
+from ltx_engines.stages import OPTIONAL, STAGES
+from ltx_export import __version__
+from ltx_export.onnx_order import Order
+
+MADE_OF = "graphs made of"
+"""The key of Manifest.toolchain under which a bundle remembers it."""
+
+
+def is_bundle(path: Path) -> bool:
+    return (path / bundle.MANIFEST).is_file()
+
+
+def prepare(order: Order) -> Iterator[str]:
+    """Let `order.out` be a bundle of graphs of `order.checkpoint`, which may be a bundle too.
+
+    Raises:
+        UserError, CheckpointError, OSError: something that the user can mend.
+    """
+    if is_bundle(order.checkpoint):
+        if _is_same(order.checkpoint, order.out):
+            return
+        made_of = _of_bundle(order.checkpoint)
+        if not _is_made_of(order.out, made_of):
+            yield f"linking {order.checkpoint.name}"
+            _place(order.checkpoint, order.out, made_of)
+        return
+    made_of, stages = _of_files(order), _stages(order)
+    if _is_made_of(order.out, made_of):
+        present = bundle.read(order.out).stages.keys()
+        if present >= set(stages):
+            return
+        stages = tuple(s for s in (*STAGES, *OPTIONAL) if s in {*stages, *present})
+    _check_kept(order.out, stages)
+    whole = order.out.resolve()
+    graphs = whole.with_name(f".{whole.name}-graphs")
+    shutil.rmtree(graphs, ignore_errors=True)  # a killed export's
+    from ltx_export import onnx_bundle  # half a second: only where graphs are made
+
+    try:
+        yield from onnx_bundle.write(replace(order, out=graphs, stages=stages))
+        _place(graphs, order.out, made_of)
+    finally:
+        shutil.rmtree(graphs, ignore_errors=True)
+
+
+def _stages(order: Order) -> tuple[str, ...]:
+    """As the export understands None."""
+    return order.stages or (*STAGES, *(OPTIONAL if order.upsampler else ()))
+
+
+def _check_kept(out: Path, stages: tuple[str, ...]) -> None:
+    """Graphs of another checkpoint, or of other options, take the place of all that are there."""
+    present = bundle.read(out).stages if is_bundle(out) else {}
+    if lost := [stage for stage in present if stage not in stages]:
+        raise UserError(
+            f"{out} has the stages {', '.join(lost)} too, of other files or options than these; "
+            "name them among --stages with their files, or choose another --out"
+        )
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return other.exists() and one.samefile(other)
+
+
+def _is_made_of(out: Path, made_of: str) -> bool:
+    return is_bundle(out) and bundle.read(out).toolchain.get(MADE_OF) == made_of
+
+
+def _of_bundle(folder: Path) -> str:
+    """Its engines are no part of its graphs."""
+    manifest = bundle.read(folder).model_copy(update={"engines": ()})
+    engines = {n for e in bundle.read(folder).engines for n in (e.file, e.layers)}
+    files = {name: file for name, file in manifest.files.items() if name not in engines}
+    return _digest(manifest.model_copy(update={"files": files}).model_dump_json())
+
+
+def _of_files(order: Order) -> str:
+    """The files as the system describes them, a sample of each, and every option of the export."""
+    options = {name: str(value) for name, value in asdict(order).items()}
+    told = {
+        name: value for name, value in options.items() if name not in ("out", "overwrite", "stages")
+    }
+    files = [_file(file) for file in _read_by(order)]
+    return _digest(json.dumps([__version__, told, files]))
+
+
+def _read_by(order: Order) -> Iterator[Path]:
+    for path in (order.checkpoint, order.text_encoder, order.upsampler, order.pipeline_config):
+        if path is not None and path.is_dir():
+            yield from sorted(file for file in path.iterdir() if file.is_file())
+        elif path is not None and path.is_file():
+            yield path
+    for adapter in order.loras:  # FILE or FILE:STRENGTH
+        if (file := Path(adapter)).is_file() or (
+            file := Path(adapter.rpartition(":")[0])
+        ).is_file():
+            yield file
+
+
+def _file(path: Path) -> list[object]:
+    stat = path.stat()
+    return [path.name, stat.st_size, stat.st_mtime_ns, hashes.sample(path)]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _place(graphs: Path, out: Path, made_of: str) -> None:
+    """A bundle of links to the graphs' files, and to the engines that are in its place."""
+    opened = bundle.open_bundle(graphs).manifest
+    old = _engines(out, opened)
+    manifest = opened.model_copy(
+        update={
+            "engines": old.engines if old else (),
+            "toolchain": {**opened.toolchain, MADE_OF: made_of},
+        }
+    )
+    wanted = {name: graphs for name in opened.files if not os.path.isabs(name)}
+    for engine in opened.engines:  # of the graphs' own bundle, which are built anew if need be
+        wanted = {n: home for n, home in wanted.items() if n not in (engine.file, engine.layers)}
+    wanted |= {n: out for engine in manifest.engines for n in (engine.file, engine.layers)}
+    known = {name: file.sha256 for name, file in opened.files.items() if file.sha256}
+    if old:
+        known |= {n: old.files[n].sha256 or "" for e in old.engines for n in (e.file, e.layers)}
+    with bundle.create(out, overwrite=True) as folder:
+        for name, home in wanted.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(home / name, folder / name)
+        elsewhere = {name for name in opened.files if os.path.isabs(name)}
+        bundle.seal(folder, manifest, elsewhere=elsewhere, hashing=Hashing(known))
+
+
+def _engines(out: Path, graphs: Manifest) -> Manifest | None:
+    """The manifest in the place of a bundle that is to be, with the engines that it can keep."""
+    if not is_bundle(out):
+        return None
+    old = bundle.read(out)
+    kept = [
+        engine
+        for engine in old.engines
+        if engine.key.stage in graphs.stages
+        and all((out / name).is_file() for name in (engine.file, engine.layers))
+    ]
+    return old.model_copy(update={"engines": tuple(kept)})
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError as error:
+        raise UserError(
+            f"cannot hard-link {source} into the bundle ({error.strerror}); put the bundle on the "
+            "same file system, or leave out --out"
+        ) from None

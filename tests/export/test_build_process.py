@@ -1,0 +1,142 @@
+"""A builder is a process of its own: whatever becomes of it, we say it in one line and go on."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from ltx_engines.errors import UserError
+from ltx_export import build, build_process
+from ltx_export.build import Built, Job
+
+JOB = Job(
+    graph=Path("transformer.onnx"),
+    engine=Path("e"),
+    layers=Path("l"),
+    flavour="tensorrt-rtx",
+    version="1.7.1",
+    targets=(86, 89),
+    profiles=({"latents": ((1, 2), (1, 2), (3, 2))},),
+    types={"latents": "bfloat16"},
+    weights={"w.safetensors": "/far/w.safetensors"},
+    workspace=64,
+)
+DONE = """{"built": {"bytes": 7, "sha256": "ab", "activations": 9}}"""
+
+
+def acting(code: str, monkeypatch: pytest.MonkeyPatch) -> Generator[str, None, Built]:
+    """A process that does this in a builder's place."""
+    lines = f"import json, os, signal, sys, time\njob = json.loads(sys.stdin.readline())\n{code}"
+    monkeypatch.setattr(build_process, "COMMAND", (sys.executable, "-c", lines))
+    return build_process.run(JOB, "engine of it")
+
+
+def finish(steps: Generator[str, None, Built]) -> tuple[list[str], Built]:
+    seen = []
+    while True:
+        try:
+            seen.append(next(steps))
+        except StopIteration as end:
+            return seen, end.value
+
+
+def test_a_job_is_the_same_at_the_other_end() -> None:
+    back = build.from_json(JOB.to_json())
+    assert back.to_json() == JOB.to_json()
+    assert (back.graph, back.targets, back.types) == (JOB.graph, JOB.targets, JOB.types)
+
+
+def test_progress_comes_before_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = f"""
+print(json.dumps({{"phase": "Timing", "done": 1, "of": 2}}))
+print(json.dumps({{"phase": "Writing", "done": 0, "of": 0}}))
+print('''{DONE}''')
+"""
+    seen, built = finish(acting(code, monkeypatch))
+    assert seen == ["engine of it: Timing 1 of 2", "engine of it: Writing"]
+    assert built == Built(7, "ab", 9)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ('print(json.dumps({"failed": "no kernel"}))', "by tensorrt-rtx 1.7.1: no kernel$"),
+        ('print(json.dumps({"failed": "mend it", "mendable": True}))', "^mend it$"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", r"it ended with signal 11 \(it said nothing\)"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "it was killed, most likely for want of host"),
+        ('sys.exit("CHECK(x) failed")', r"it ended with code 1 \(CHECK\(x\) failed\)"),
+        ("os._exit(0)", "it ended with code 0"),
+    ],
+)
+def test_whatever_ends_a_builder_is_one_line(
+    code: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=said) as failure:
+        finish(acting(code, monkeypatch))
+    assert "\n" not in str(failure.value)
+
+
+PID = """
+signal.signal(signal.SIGTERM, signal.{0})
+print(json.dumps({{"phase": str(os.getpid()), "done": 0, "of": 0}}), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("disposition", ["SIG_DFL", "SIG_IGN"])
+def test_ctrl_c_ends_the_builder_even_if_it_does_not_listen(
+    disposition: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_process, "PATIENCE", 0.2)
+    steps = acting(PID.format(disposition), monkeypatch)
+    pid = int(next(steps).rpartition(" ")[2])
+    assert os.getsid(pid) == pid  # the terminal's Ctrl-C does not reach it
+    with pytest.raises(KeyboardInterrupt):
+        steps.throw(KeyboardInterrupt)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_builder_does_not_outlive_who_asked_for_it() -> None:
+    """As when we are killed: our end of its input closes."""
+    code = "from ltx_export.build import _end_with_input; _end_with_input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
+        time.sleep(0.2)
+        assert process.poll() is None
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(10) == 1
+
+
+@pytest.mark.parametrize("flavour", build.MODULES)
+def test_a_builder_that_is_missing_costs_one_line_with_the_command(
+    flavour: build.Flavour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=f"builds for {flavour}; pip install"):
+        build.version(flavour)
+
+
+def test_the_version_is_known_without_loading_the_builder() -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="the builder is an extra")
+    assert build.version("tensorrt-rtx") == trt.__version__
+
+
+@pytest.mark.parametrize(
+    ("found", "said"), [(None, "there is none here"), (90, "is SM90, not for SM86, SM89")]
+)
+def test_tensorrt_builds_only_for_the_gpu_at_hand(
+    found: int | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "card", lambda: found)
+    with pytest.raises(UserError, match=said):
+        build._check_card((86, 89))
+
+
+def test_a_machine_without_a_driver_has_no_card() -> None:
+    if not Path("/dev/nvidia0").exists():
+        assert build.card() is None
