@@ -52,11 +52,11 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """An engine that is to be built, the reasons, and the one in whose place it comes."""
+    """An engine that is to be built, the reasons, and those in whose place it comes."""
 
     key: EngineKey
     reasons: tuple[str, ...]
-    old: EngineEntry | None = None
+    old: tuple[EngineEntry, ...] = ()
 
     @property
     def name(self) -> str:
@@ -152,14 +152,19 @@ def _work(opened: Bundle, key: EngineKey) -> Work | None:
     ours = [e for e in ours if e.key.flavour == key.flavour] or ours
     if not ours:
         return Work(key, ("there is no engine yet",))
-    found = [(cache_key.difference(engine.key, key), engine) for engine in ours]
-    reasons, nearest_one = min(found, key=lambda pair: len(pair[0]))
+    found = [cache_key.difference(engine.key, key) for engine in ours]
+    reasons = min(found, key=len)
     if not reasons:
         return None
-    same = [e for e in ours if (e.key.targets, e.key.flavour) == (key.targets, key.flavour)]
-    if same:  # its own predecessor tells more than a neighbour for another GPU
-        return Work(key, tuple(cache_key.difference(same[0].key, key)), same[0])
-    return Work(key, tuple(cache_key.difference(nearest_one.key, key)))
+    old = tuple(
+        engine
+        for engine in ours
+        if engine.key.flavour == key.flavour and set(engine.key.targets) <= set(key.targets)
+    )
+    for engine in old:  # its own predecessor tells more than a neighbour for another GPU
+        if engine.key.targets == key.targets:
+            reasons = cache_key.difference(engine.key, key)
+    return Work(key, tuple(reasons), old)
 
 
 def write(checked: Checked) -> Iterator[str]:
@@ -244,10 +249,10 @@ def _place(path: Path, work: Work, folder: Path, finished: _Finished) -> None:
             bytes=(path / layers).stat().st_size, sha256=hashes.sha256(path / layers)
         ),
     }
-    manifest = bundle.open_bundle(path).manifest  # an earlier engine of this run is in it
-    gone = {work.old.file, work.old.layers} if work.old else set()
+    manifest = bundle.read(path)  # an earlier engine of this run is in it
+    gone = {name for engine in work.old for name in (engine.file, engine.layers)}
     kept = {name: file for name, file in manifest.files.items() if name not in gone}
-    engines = [e for e in manifest.engines if work.old is None or e.file != work.old.file]
+    engines = [e for e in manifest.engines if e.file not in gone]
     bundle.update(
         path,
         manifest.model_copy(update={"files": kept | files, "engines": (*engines, entry)}),
@@ -258,7 +263,7 @@ def _place(path: Path, work: Work, folder: Path, finished: _Finished) -> None:
 
 def _remove_strays(path: Path) -> None:
     """Engines that a killed build has left, and those that were replaced."""
-    manifest = bundle.open_bundle(path).manifest
+    manifest = bundle.read(path)
     for end in ("*.engine", "*.layers.json"):
         for file in path.glob(end):
             if file.name not in manifest.files:

@@ -20,7 +20,7 @@ KEY = EngineKey(
     targets=(86, 89),
     options={"optimization level": 3},
 )
-CHANGES = {
+CHANGES: dict[str, dict[str, object]] = {
     "the weights in ltx.safetensors changed": {
         "weights": {"ltx.safetensors": FileEntry(bytes=9, sha256=OTHER)}
     },

@@ -110,11 +110,10 @@ def test_nothing_heavy_is_loaded_to_see_that_all_is_up_to_date(copy: Path) -> No
 def test_what_changed_is_said_and_built(
     copy: Path, options: tuple[str, ...], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = open_bundle(copy).manifest.engines
     assert built(copy, *options) == 0
     assert f"transformer: {reason}\n" in capsys.readouterr().out
     after = open_bundle(copy).manifest.engines
-    assert len(after) == len(before) + (options[0] == "--gpu")
+    assert len(after) == 1
     named = {name for engine in after for name in (engine.file, engine.layers)}
     assert {file.name for end in ("engine", "json") for file in copy.glob(f"*.{end}")} == {
         "manifest.json",
@@ -122,6 +121,19 @@ def test_what_changed_is_said_and_built(
     }
     assert built(copy, *options) == 0
     assert "up to date" in capsys.readouterr().out
+
+
+def test_an_engine_for_more_gpus_takes_the_place_of_those_for_fewer(copy: Path) -> None:
+    assert built(copy, "--gpu", "sm120") == 0
+    (engine,) = open_bundle(copy).manifest.engines
+    assert engine.key.targets == (89, 120)
+    assert [file.name for file in copy.glob("*.engine")] == [engine.file]
+
+
+def test_an_engine_for_another_gpu_stands_beside_the_one_that_is_there(copy: Path) -> None:
+    arguments = ["build-engine", str(copy), *SHAPE, "--branches", "1", "--gpu", "sm120"]
+    assert cli.main(arguments) == 0
+    assert [e.key.targets for e in open_bundle(copy).manifest.engines] == [(89,), (120,)]
 
 
 def flip(file: Path) -> None:
@@ -291,5 +303,5 @@ def test_after_a_kill_the_next_run_completes(copy: Path, seconds: float) -> None
         process.send_signal(signal.SIGKILL)
     assert isinstance(open_bundle(copy), Bundle)
     assert built(copy, "--gpu", "sm120") == 0
-    assert len(open_bundle(copy).manifest.engines) == 2
+    assert len(open_bundle(copy).manifest.engines) == 1
     assert not list(copy.parent.glob(f".*{engine_bundle.BUILDING}"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ltx_engines.errors import UserError
+from ltx_engines.targets import Flavour
 from ltx_export import build, build_process
 from ltx_export.build import Built, Job
 
@@ -114,7 +115,7 @@ def test_a_builder_does_not_outlive_who_asked_for_it() -> None:
 
 @pytest.mark.parametrize("flavour", build.MODULES)
 def test_a_builder_that_is_missing_costs_one_line_with_the_command(
-    flavour: build.Flavour, monkeypatch: pytest.MonkeyPatch
+    flavour: Flavour, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=f"builds for {flavour}; pip install"):
