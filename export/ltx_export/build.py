@@ -333,7 +333,9 @@ def main() -> int:
             channel.write(json.dumps(message) + "\n")
             channel.flush()
 
-        job = from_json(sys.stdin.readline())
+        if not (line := sys.stdin.readline()):
+            return 1  # whoever asked was stopped before saying what for
+        job = from_json(line)
         threading.Thread(target=_end_with_input, daemon=True).start()
         try:
             built = build(job, tell)

@@ -376,6 +376,7 @@ def test_resealing_hashes_what_only_has_a_time(
     after = open_bundle(folder, cache=cache).manifest
     assert after.files[WEIGHTS].sha256 == hashlib.sha256(b"weights").hexdigest()
     assert after.files[WEIGHTS].modified_ns is None
+    assert after.files[WEIGHTS].is_same(before.files[WEIGHTS])  # engines stay up to date
     assert after.model_copy(update={"files": before.files}) == before
     text = (folder / MANIFEST).read_bytes()
     assert reseal(folder) == ()

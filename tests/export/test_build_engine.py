@@ -305,3 +305,27 @@ def test_after_a_kill_the_next_run_completes(copy: Path, seconds: float) -> None
     assert built(copy, "--gpu", "sm120") == 0
     assert len(open_bundle(copy).manifest.engines) == 1
     assert not list(copy.parent.glob(f".*{engine_bundle.BUILDING}"))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_a_stopped_command_takes_its_builder_along(copy: Path, seconds: float) -> None:
+    command = [sys.executable, "-m", "ltx_export.cli", "build-engine", str(copy), *USUAL]
+    with subprocess.Popen(
+        [*command, "--gpu", "sm120", *("--shape", "96x96x17", "--shape", "128x96x17")],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not (builders := children.read_text().split()):
+            time.sleep(0.01)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said.endswith("ltx-export: interrupted; nothing is half-written\n")
+    deadline = time.monotonic() + 20  # one that is still starting ends when it reads its job
+    while [pid for pid in builders if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, f"{builders} live on"
+        time.sleep(0.01)
+    assert not list(copy.parent.glob(".*"))
+    assert len(open_bundle(copy).manifest.engines) == 1
