@@ -7,6 +7,7 @@ B branches of guidance; C latent channels; f h w the latent grid; tokens = f h w
 """
 
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -18,6 +19,7 @@ from ltx_engines.errors import UserError
 from ltx_engines.shapes import SPACE, TIME, VideoShape, snap
 from ltx_trt import guidance, sampler, schedule
 from ltx_trt.coordinates import token_coordinates, unpatchify
+from ltx_trt.denoising import Denoises, Denoising, Text, check_finite, on_the_host
 from ltx_trt.guidance import StepGuidance
 from ltx_trt.noise import Noise
 from ltx_trt.request import Request
@@ -72,14 +74,6 @@ class Decoded:
 
 
 Event = Planned | StageOpened | PromptEncoded | StepDone | Decoded
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """One prompt as the transformer reads it: [1, text, width] and [1, text]."""
-
-    embeds: Floats
-    mask: Floats
 
 
 def generate(
@@ -165,36 +159,39 @@ class _Run:
     def denoise(
         self, transformer: Session, text: Text, uncond: Text
     ) -> Generator[StepDone, None, Floats]:
+        """Where the transformer is, if it has a loop there."""
         latents = self.noise.normal((1, self.shape.tokens, self.manifest.model.latent_channels))
         coordinates = token_coordinates(
             self.shape,
             self.request.frame_rate,
             causal=self.manifest.model.causal_temporal_positioning,
         )
-        previous: Floats | None = None
-        for index, (step, guide) in enumerate(zip(self.table, self.guidance, strict=True), 1):
-            started = perf_counter()
-            texts = [uncond if branch == "uncond" else text for branch in guide.branches]
-            batch = len(texts)
-            velocities = transformer(
-                {
-                    "latents": np.repeat(latents, batch, axis=0),
-                    "coords": np.repeat(coordinates, batch, axis=0),
-                    "timestep": np.full((batch, 1), step.sigma, np.float32),
-                    "prompt_embeds": np.concatenate([t.embeds for t in texts]),
-                    "prompt_mask": np.concatenate([t.mask for t in texts]),
-                    "skip_layer_mask": guide.skip_layer_mask(self.manifest.model.num_layers),
-                }
-            )["velocity"]
-            velocity = guide.combine(velocities)
-            _check_finite(velocity, f"the transformer's velocity at step {index}")
-            fresh = None if step.noise is None else self.noise.normal(latents.shape)
-            clean = step.clean(latents, velocity)
-            latents = step.apply(latents, velocity, previous=previous, noise=fresh)
-            previous = clean
-            seconds = perf_counter() - started
-            yield StepDone(index, len(self.table), step.sigma_next, seconds)
-        return latents
+        job = Denoising(
+            latents,
+            coordinates,
+            text,
+            uncond,
+            self.table,
+            self.guidance,
+            self.manifest.model.num_layers,
+            self.noise,
+        )
+        if isinstance(transformer, Denoises):
+            return (yield from self._timed(transformer.denoise(job)))
+        return (yield from self._timed(on_the_host(transformer, job)))
+
+    def _timed(self, steps: Generator[None, None, Floats]) -> Generator[StepDone, None, Floats]:
+        index, total, started = 0, len(self.table), perf_counter()
+        with closing(steps):
+            while True:
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    latents: Floats = end.value
+                    return latents
+                seconds = perf_counter() - started
+                yield StepDone(index + 1, total, self.table[index].sigma_next, seconds)
+                index, started = index + 1, perf_counter()
 
     def decode(self, decoder: Session, tokens: Floats) -> Floats:
         """[1, tokens, C] -> [1, 3, frames, height, width]."""
@@ -210,7 +207,7 @@ class _Run:
             size = (block.maps, rows * block.scale, columns * block.scale)
             feeds[block.name] = self.noise.normal(size)
         pixels: Floats = decoder(feeds)["pixels"]
-        _check_finite(pixels, "the decoder's pixels")
+        check_finite(pixels, "the decoder's pixels")
         return pixels
 
 
@@ -236,13 +233,5 @@ def crop(frames: Frames, count: int, height: int, width: int) -> Frames:
 def _encode(encoder: Session, tokens: Tokens) -> Text:
     ids, mask = (np.array([row], np.int64) for row in (tokens.ids, tokens.mask))
     embeds = encoder({"input_ids": ids, "attention_mask": mask})["prompt_embeds"]
-    _check_finite(embeds, "the text encoder's embeddings")
+    check_finite(embeds, "the text encoder's embeddings")
     return Text(embeds, mask.astype(np.float32))
-
-
-def _check_finite(values: Floats, what: str) -> None:
-    if not np.isfinite(values).all():
-        raise UserError(
-            f"{what} overflowed (not finite); export the stage with more range: "
-            "ltx-export onnx --precision float32"
-        )
