@@ -10,7 +10,7 @@ demo: $(RUNTIME)/.ready build/ltx-tiny/manifest.json
 	$(RUNTIME)/bin/python tools/demo.py --bundle build/ltx-tiny --out demo
 
 test: $(DEV)/.ready
-	$(DEV)/bin/python -m pytest
+	$(DEV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(DEV)/.ready
 	$(DEV)/bin/ruff check .

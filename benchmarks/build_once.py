@@ -11,11 +11,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import tensorrt_rtx as trt
+
+from ltx_export.build import give_back
 
 CAPABILITY = trt.ComputeCapability.SM89
 FACTS = re.compile(r"Total (Activation|Weights) Memory: (\d+)")
@@ -89,5 +92,6 @@ def build(model: Path, engine: Path, axes: dict[str, tuple[int, int]]) -> dict[s
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
+    threading.Thread(target=give_back, daemon=True).start()  # as the product does
     sizes = {axis: tuple(ends) for axis, ends in json.loads(arguments[2]).items()}
     print(json.dumps(build(Path(arguments[0]), Path(arguments[1]), sizes)))

@@ -57,9 +57,23 @@ class AnonWatch:
 
     def _look(self) -> None:
         while True:
-            self.peak = max(self.peak, anonymous(self._pid))
+            self.peak = max((self.peak, *map(anonymous, self._watched())))
             if self._done.wait(INTERVAL):
                 return
+
+    def _watched(self) -> list[int]:
+        return [self._pid]
+
+
+class ChildrenWatch(AnonWatch):
+    """As AnonWatch, of the processes that the process has started, each for itself."""
+
+    def _watched(self) -> list[int]:
+        try:
+            words = Path(f"/proc/{self._pid}/task/{self._pid}/children").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return []
+        return list(map(int, words.split()))
 
 
 def anonymous(pid: int) -> int:
@@ -72,7 +86,7 @@ def anonymous(pid: int) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def run(command: Sequence[str | Path]) -> tuple[Cost, str]:
+def run(command: Sequence[str | Path], watched: type[AnonWatch] = AnonWatch) -> tuple[Cost, str]:
     """Run to the end. The cost, and what it wrote to stdout.
 
     Raises:
@@ -83,7 +97,7 @@ def run(command: Sequence[str | Path]) -> tuple[Cost, str]:
         start = time.perf_counter()
         process = subprocess.Popen(words, stdout=out, stderr=errors)
         try:
-            with AnonWatch(process.pid) as watch:
+            with watched(process.pid) as watch:
                 _, status, usage = os.wait4(process.pid, 0)
                 seconds = time.perf_counter() - start
         except BaseException:

@@ -26,7 +26,7 @@ def main() -> None:
         verified = time.perf_counter()
     before = anonymous(os.getpid())
     opened = time.perf_counter()
-    with OnnxRuntimeSession.open(bundle, sys.argv[2], providers=["CPUExecutionProvider"]):
+    with OnnxRuntimeSession.open(bundle, sys.argv[2], provider="cpu"):
         ready = time.perf_counter()
         private = anonymous(os.getpid())
     print(

@@ -2,9 +2,10 @@
 
     python benchmarks/quantized_gpu_once.py VARIANT CHECKPOINT WIDTHxHEIGHTxFRAMES STEPS
 
-VARIANT is bf16, fp8, int8, fp8-cast or diffusers. The checkpoint gives the configuration and, for
-bf16 and fp8-cast, the way of loading; its weights may be a hole, for random ones take their place
-before anything is timed: a GPU computes faster on zeros. The last line is JSON.
+VARIANT is bf16, fp8, int8, fp8-cast or diffusers, with or without -compiled. The checkpoint gives
+the configuration and, for bf16 and fp8-cast, the way of loading; its weights may be a hole, for
+random ones take their place before anything is timed: a GPU computes faster on zeros. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from ltx_ref.quantized import QuantizedLinear, install
 DEVICE = "cuda"
 TEXT_TOKENS = 256
 WARM_UP = 2
+COMPILED = "-compiled"
+"""End of the name of a variant whose model torch.compile has compiled."""
 SPREAD = 0.02
 """Standard deviation of random weights."""
 
@@ -46,7 +49,11 @@ def main() -> None:
     width, height, frames = map(int, shape.split("x"))
     video = VideoShape(frames, height, width)
     torch.cuda.reset_peak_memory_stats()
-    step = diffusers(video) if variant == "diffusers" else ours(variant, Path(checkpoint), video)
+    name, compiled = variant.removesuffix(COMPILED), variant.endswith(COMPILED)
+    if name == "diffusers":
+        step = diffusers(video, compiled=compiled)
+    else:
+        step = ours(name, Path(checkpoint), video, compiled=compiled)
     loaded, load_peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
@@ -83,7 +90,7 @@ def timed(step: Step, steps: int) -> list[float]:
     return seconds
 
 
-def ours(variant: str, checkpoint: Path, video: VideoShape) -> Step:
+def ours(variant: str, checkpoint: Path, video: VideoShape, *, compiled: bool = False) -> Step:
     """A step of ltx_ref, one branch, random weights."""
     if variant == "bf16":
         model = ltx_video.load(checkpoint, device=DEVICE)
@@ -97,6 +104,8 @@ def ours(variant: str, checkpoint: Path, video: VideoShape) -> Step:
     for module in transformer.modules():
         if isinstance(module, QuantizedLinear):
             module.register_forward_pre_hook(lambda layer, x: KERNELS.add(layer.kernel(x[0])))
+    if compiled:
+        transformer.compile()
     latents, embeds = inputs(video, config.in_channels, config.caption_channels)
     grid = LatentGrid.of_video(video.frames, video.height, video.width)
     causal = config.causal_temporal_positioning
@@ -143,7 +152,7 @@ def randomize(model: nn.Module) -> None:
             tensor.normal_(std=SPREAD, generator=generator)
 
 
-def diffusers(video: VideoShape) -> Step:
+def diffusers(video: VideoShape, *, compiled: bool = False) -> Step:
     """The same step by diffusers, in bfloat16, of the 13B or the 2B model by the checkpoint."""
     from diffusers import LTXVideoTransformer3DModel
 
@@ -162,6 +171,8 @@ def diffusers(video: VideoShape) -> Step:
     model: nn.Module = made.to(torch.bfloat16).to_empty(device=DEVICE)
     model.eval().requires_grad_(False)
     randomize(model)
+    if compiled:
+        model.compile()
     latents, embeds = inputs(video, config.in_channels, config.caption_channels)
     frames, rows, columns = video.latent
     call: dict[str, Any] = {

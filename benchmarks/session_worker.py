@@ -25,7 +25,7 @@ Step = Callable[[Feeds], Mapping[str, np.ndarray[Any, Any]]]
 
 
 def ours(bundle: Bundle) -> Step:
-    return OnnxRuntimeSession.open(bundle, STAGE, providers=CPU)
+    return OnnxRuntimeSession.open(bundle, STAGE, provider="cpu")
 
 
 def default(bundle: Bundle) -> Step:

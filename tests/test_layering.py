@@ -22,8 +22,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ltx_engines": set(),
     "ltx_ref": set(),
     "ltx_export": {"ltx_engines", "ltx_ref"},
-    "ltx_trt": {"ltx_engines"},
+    "ltx_trt": {"ltx_engines", "ltx_ref"},
 }
+
+TORCH_FREE_OF_REF = {"checkpoint", "quantization", "casts", "codes", "lora", "lora_file"}
+"""What of ltx_ref the runtime may import: what files and formats are, in numpy."""
 
 LAZILY = {  # file -> what of ours it may import too, but only inside a function
     "runtime/ltx_trt/session/torch_session.py": {"ltx_ref", "torch"},
@@ -46,7 +49,9 @@ LIGHT_AT_IMPORT = {  # module -> what it may import at module level beside the s
 HEAVY_ON_PURPOSE = {
     "engines/ltx_engines/bundle.py": "manifests are pydantic models; commands import it late",
     "engines/ltx_engines/cache_key.py": "part of a manifest",
+    "engines/ltx_engines/engine_entry.py": "part of a manifest",
     "engines/ltx_engines/file_entry.py": "part of a manifest",
+    "engines/ltx_engines/manifest.py": "pydantic models",
     "engines/ltx_engines/pipeline_config.py": "it reads YAML; commands import it late",
     "engines/ltx_engines/strict.py": "it words pydantic's refusals; only readers import it",
 }
@@ -137,6 +142,48 @@ def test_what_runs_on_a_users_machine_needs_no_torch(package: str) -> None:
         early = imported(source, top_level_only=True) & lazily
         assert not torch, f"{relative(file)} imports {torch}"
         assert not early, f"{relative(file)} imports {early} on import; move it into the function"
+
+
+def of_ref(source: str) -> set[str]:
+    """The modules of ltx_ref that are imported."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "ltx_ref":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            names = [module or ""] if module else [alias.name for alias in node.names]
+            found |= {name.removeprefix("ltx_ref.") for name in names if name[:8] == "ltx_ref."}
+    return found
+
+
+def test_the_runtime_and_what_it_reads_of_the_reference_need_no_torch() -> None:
+    readers = [file for file in files_of("ltx_trt") if relative(file) not in LAZILY]
+    readers += [ROOT / HOME["ltx_ref"] / f"{name}.py" for name in sorted(TORCH_FREE_OF_REF)]
+    for file in readers:
+        source = file.read_text(encoding="utf-8")
+        assert of_ref(source) <= TORCH_FREE_OF_REF, f"{relative(file)} imports {of_ref(source)}"
+        assert not imported(source, top_level_only=True) & TORCH, f"{relative(file)} loads torch"
+    assert any(of_ref(file.read_text(encoding="utf-8")) for file in readers)
+
+
+def test_no_module_of_the_runtime_loads_torch() -> None:
+    """In a fresh process, with all of ours that it imports."""
+    files = [file for file in files_of("ltx_trt") if relative(file) not in LAZILY]
+    home = ROOT / HOME["ltx_trt"]
+    names = [f.relative_to(home.parent).with_suffix("").as_posix().replace("/", ".") for f in files]
+    names = [name.removesuffix(".__init__") for name in names]
+    code = f"import sys, {', '.join(names)}; print(*({TORCH!r} & set(sys.modules)))"
+    path = os.pathsep.join(str((ROOT / home).parent) for home in HOME.values())
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
 
 
 @pytest.mark.parametrize("module", sorted(LIGHT_AT_IMPORT))

@@ -15,156 +15,44 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from reprlib import repr as short
 from stat import S_ISREG
-from typing import Annotated, Literal
 from uuid import uuid4
 
 from platformdirs import user_cache_dir
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
-from ltx_engines import hashes, strict
-from ltx_engines.cache_key import EngineKey
+from ltx_engines import engine_entry, hashes, strict
+from ltx_engines.engine_entry import EngineEntry as EngineEntry
+from ltx_engines.engine_entry import TensorEntry as TensorEntry
 from ltx_engines.errors import UserError, nearest
-from ltx_engines.file_entry import Count, Frozen
 from ltx_engines.file_entry import FileEntry as FileEntry
-from ltx_engines.shapes import SPACE, TIME
-from ltx_engines.stages import FLOAT, OPTIONAL, STAGES, Tensor
+from ltx_engines.manifest import FORMAT_VERSION as FORMAT_VERSION
+from ltx_engines.manifest import OLDEST_VERSION, loose_end
+from ltx_engines.manifest import Defaults as Defaults
+from ltx_engines.manifest import Manifest as Manifest
+from ltx_engines.manifest import ModelFacts as ModelFacts
+from ltx_engines.manifest import NoiseBlock as NoiseBlock
+from ltx_engines.manifest import PerStep as PerStep
+from ltx_engines.manifest import Precision as Precision
+from ltx_engines.manifest import QuantizationEntry as QuantizationEntry
+from ltx_engines.manifest import QuantizedFormat as QuantizedFormat
+from ltx_engines.manifest import SchedulerFacts as SchedulerFacts
+from ltx_engines.manifest import StageEntry as StageEntry
+from ltx_engines.manifest import StgMode as StgMode
+from ltx_engines.manifest import TokenizerEntry as TokenizerEntry
+from ltx_engines.manifest import tensor_entries as tensor_entries
+from ltx_engines.manifest import tensors as tensors
+from ltx_engines.targets import Flavour
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
 AGAIN = "export the bundle again (ltx-export onnx)"
 
-Precision = Literal["float32", "float16", "bfloat16"]
-QuantizedFormat = Literal["fp8", "int8", "fp8-cast", "int8-wo", "int4-wo", "nvfp4"]
-StgMode = Literal["attention_values", "attention_skip", "transformer_block"]
-PerStep = float | tuple[float, ...]
-"""One number for the whole run, or one for each of the guidance timesteps."""
-
 log = logging.getLogger(__name__)
-
-
-class TensorEntry(Frozen):
-    """A tensor of stages.py with the element type that this bundle's engine really has."""
-
-    name: str
-    dtype: str
-    axes: tuple[Count | str, ...]
-
-
-class QuantizationEntry(Frozen):
-    """How many linear layers of a stage have which format, by what recipe; None if the file does
-    not say."""
-
-    recipe: str | None = None
-    layers: dict[QuantizedFormat, Count]
-
-
-class StageEntry(Frozen):
-    """`file` and `weights`, the files that the graph points into, are keys of Manifest.files."""
-
-    file: str
-    inputs: tuple[TensorEntry, ...]
-    outputs: tuple[TensorEntry, ...]
-    weights: tuple[str, ...] = ()
-    opset: Count | None = None
-    quantization: QuantizationEntry | None = None
-
-
-class EngineEntry(Frozen):
-    """What a builder made of a stage for some GPUs. `file` and `layers`, the table of its kernels,
-    are keys of Manifest.files; `counts` is the sum of the table (`ltx_export/layer_table.py`)."""
-
-    file: str
-    layers: str
-    key: EngineKey
-    counts: dict[str, int] = Field(default_factory=dict)
-
-
-class TokenizerEntry(Frozen):
-    file: str
-    max_length: Count
-    pad_token_id: Annotated[int, Field(ge=0)]
-
-
-class NoiseBlock(Frozen):
-    """A noise input of the VAE decoder: `maps` images, `scale` times the latent grid's size."""
-
-    name: str
-    maps: Count
-    scale: Count
-
-
-class ModelFacts(Frozen):
-    latent_channels: Count
-    num_layers: Count
-    causal_temporal_positioning: bool
-    timestep_conditioning: bool
-    stg_mode: StgMode
-    noise_blocks: tuple[NoiseBlock, ...] = ()
-    time_compression: Count = TIME
-    space_compression: Count = SPACE
-
-
-class SchedulerFacts(Frozen):
-    """The fields of the original RectifiedFlowScheduler, with its defaults."""
-
-    num_train_timesteps: Count = 1000
-    shifting: Literal["SD3", "SimpleDiffusion"] | None = None
-    base_resolution: Count | None = 32**2  # null in files that shift otherwise
-    target_shift_terminal: float | None = None
-    sampler: Literal["Uniform", "LinearQuadratic", "Constant"] = "Uniform"
-    shift: float | None = None
-
-
-class Defaults(Frozen):
-    """What a run does when nobody says otherwise; the values are the original base config's."""
-
-    width: Count = 1216
-    height: Count = 704
-    num_frames: Count = 121
-    frame_rate: Annotated[float, Field(gt=0)] = 30.0
-    num_inference_steps: Count = 40
-    timesteps: tuple[float, ...] | None = None
-    skip_initial_inference_steps: Annotated[int, Field(ge=0)] = 0
-    skip_final_inference_steps: Annotated[int, Field(ge=0)] = 0
-    guidance_scale: PerStep = 3.0
-    stg_scale: PerStep = 1.0
-    rescaling_scale: PerStep = 0.7
-    skip_block_list: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = (19,)
-    guidance_timesteps: tuple[float, ...] | None = None
-    cfg_star_rescale: bool = False
-    stochastic_sampling: bool = False
-    decode_timestep: float = 0.05
-    decode_noise_scale: float = 0.025
-    negative_prompt: str = "worst quality, inconsistent motion, blurry, jittery, distorted"
-
-
-class Manifest(Frozen):
-    """`checkpoint`, `tokenizer.file` and the stages' files are keys of `files`.
-
-    A key is a path inside the bundle or, for weights that stay where they are, an absolute one.
-    """
-
-    format_version: int = FORMAT_VERSION
-    family: Literal["ltx_video"]
-    name: str
-    model_version: str
-    precision: Precision
-    stages: dict[str, StageEntry]
-    engines: tuple[EngineEntry, ...] = ()
-    files: dict[str, FileEntry] = Field(default_factory=dict)
-    checkpoint: str
-    tokenizer: TokenizerEntry | None = None
-    model: ModelFacts
-    scheduler: SchedulerFacts
-    allowed_inference_steps: tuple[float, ...] | None = None
-    defaults: Defaults = Defaults()
-    toolchain: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,24 +67,22 @@ class Bundle:
             raise UserError(f"{self.path} has no stage {name!r}, only {present}; {AGAIN}")
         return stages[name]
 
+    def engines(
+        self, stage: str, capability: int, flavour: Flavour | None = None
+    ) -> tuple[EngineEntry, ...]:
+        """What runs a stage on a GPU: one engine, or all of a chain in the order of their blocks.
+
+        Raises:
+            UserError: there is none, it is of other graphs or weights, or a part is missing.
+        """
+        self.stage(stage)
+        return engine_entry.choose(self.path, self.manifest, stage, capability, flavour)
+
     def file(self, name: str) -> Path:
         if name not in self.manifest.files:
             hint = nearest(name, self.manifest.files)
             raise ValueError(f"{name!r} is not a file of {self.path}{hint}")
         return self.path / name
-
-
-def tensor_entries(tensors: Iterable[Tensor], precision: Precision) -> tuple[TensorEntry, ...]:
-    """The rows of stages.py with FLOAT made concrete."""
-    return tuple(
-        TensorEntry(name=t.name, dtype=precision if t.dtype == FLOAT else t.dtype, axes=t.axes)
-        for t in tensors
-    )
-
-
-def tensors(entries: Iterable[TensorEntry]) -> tuple[Tensor, ...]:
-    """Back to the rows that `stages.check_feeds` reads; the element types stay concrete."""
-    return tuple(Tensor(entry.name, entry.dtype, entry.axes) for entry in entries)
 
 
 def open_bundle(path: Path, *, cache: Path | None = None) -> Bundle:
@@ -276,7 +162,7 @@ def seal(
         places = _places(folder, manifest.model_copy(update={"files": dict.fromkeys(wanted)}))
         files = {name: _entry(file, name, hashing) for name, file in places.items()}
         sealed = manifest.model_copy(update={"files": files})
-        if problem := _loose_end(sealed):
+        if problem := loose_end(sealed):
             raise ValueError(f"cannot seal {folder}: {problem}")
         _write(folder, sealed)
     return sealed
@@ -317,7 +203,7 @@ def update(folder: Path, manifest: Manifest) -> None:
         ValueError: it names a file that it does not describe.
         UserError: it cannot be written.
     """
-    if problem := _loose_end(manifest):
+    if problem := loose_end(manifest):
         raise ValueError(f"cannot update {folder}: {problem}")
     with _told(f"cannot write {folder}"):
         _write(folder, manifest)
@@ -355,43 +241,20 @@ def _read(folder: Path) -> Manifest:
     except ValidationError as error:
         problem = strict.problem(error, data, Manifest)
     else:
-        problem = _loose_end(manifest)
+        problem = loose_end(manifest)
     if problem:
         raise UserError(f"{path}: {problem}" + ("" if problem.endswith("?") else f"; {AGAIN}"))
-    return manifest
+    return manifest.model_copy(update={"format_version": FORMAT_VERSION})
 
 
 def _check_version(path: Path, found: object) -> None:
-    if type(found) is int and found == FORMAT_VERSION:
+    if type(found) is int and OLDEST_VERSION <= found <= FORMAT_VERSION:
         return
     newer = type(found) is int and found > FORMAT_VERSION
     raise UserError(
         f"{path} has format version {short(found)}, this program reads {FORMAT_VERSION}; "
         + ("update ltx-trt" if newer else AGAIN)
     )
-
-
-def _loose_end(manifest: Manifest) -> str:
-    """What in the manifest points to nothing, or an empty string."""
-    named = {"checkpoint": manifest.checkpoint}
-    if manifest.tokenizer is not None:
-        named["tokenizer.file"] = manifest.tokenizer.file
-    for name, stage in manifest.stages.items():
-        if name not in (known := (*STAGES, *OPTIONAL)):
-            return f"unknown stage {name!r}{nearest(name, known)}"
-        named[f"stages.{name}.file"] = stage.file
-        named |= {f"stages.{name}.weights.{i}": file for i, file in enumerate(stage.weights)}
-    for index, engine in enumerate(manifest.engines):
-        if engine.key.stage not in manifest.stages:
-            return f"engines.{index} is of {engine.key.stage!r}, which is not among stages"
-        named |= {f"engines.{index}.{k}": getattr(engine, k) for k in ("file", "layers")}
-    for where, file in named.items():
-        if file not in manifest.files:
-            return f"{where} is {file!r}, which is not among files{nearest(file, manifest.files)}"
-    for engine in manifest.engines:  # a plan is code: nobody runs it unread
-        if manifest.files[engine.file].sha256 is None:
-            return f"files.{engine.file} is an engine and has no sha256"
-    return ""
 
 
 def _places(folder: Path, manifest: Manifest) -> dict[str, Path]:

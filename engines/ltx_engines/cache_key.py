@@ -1,6 +1,7 @@
 """What invalidates an engine, with the reason in words."""
 
 from collections.abc import Iterator, Mapping
+from typing import Annotated
 
 from pydantic import Field
 
@@ -14,10 +15,21 @@ Profile = dict[str, Range]
 """What an engine accepts at once: the sizes of each named axis of its stage."""
 
 
+class Part(Frozen):
+    """Which of a transformer's blocks an engine computes: `first` to `end` - 1. It is number
+    `index`, from 0, in a chain `of` so many engines."""
+
+    index: Annotated[int, Field(ge=0)]
+    of: Count
+    first: Annotated[int, Field(ge=0)]
+    end: Count
+
+
 class EngineKey(Frozen):
     """Everything that went into an engine. Two engines with one key do the same.
 
-    `weights` are the files that the graph points into; `recipe` is how they are quantized;
+    `graph` is of the whole stage, also in the key of a part, which follows from it; `weights` are
+    the files that it points into; `recipe` is how they are quantized;
     `targets` are compute capabilities, 89 for SM89; `options` is what else the builder was told.
     """
 
@@ -30,6 +42,7 @@ class EngineKey(Frozen):
     version: str
     targets: tuple[Count, ...]
     options: dict[str, int] = Field(default_factory=dict)
+    part: Part | None = None
 
 
 def difference(old: EngineKey, new: EngineKey) -> list[str]:
@@ -40,7 +53,8 @@ def difference(old: EngineKey, new: EngineKey) -> list[str]:
     if old.stage != new.stage:
         raise ValueError(f"an engine of {old.stage} is not one of {new.stage}")
     recipe = list(_recipe(old, new))
-    return [*(recipe or _contents(old, new)), *_building(old, new)]
+    made_of = recipe or contents(old, new.graph, new.weights)
+    return [*made_of, *_building(old, new)]
 
 
 def _recipe(old: EngineKey, new: EngineKey) -> Iterator[str]:
@@ -48,18 +62,23 @@ def _recipe(old: EngineKey, new: EngineKey) -> Iterator[str]:
         yield f"the recipe was {old.recipe or 'none'}, now it is {new.recipe or 'none'}"
 
 
-def _contents(old: EngineKey, new: EngineKey) -> Iterator[str]:
-    """A graph says where its weights are, so it has to be made again when that changes."""
-    yield from (f"the weights in {name} are new" for name in new.weights.keys() - old.weights)
-    yield from (f"{name} holds no weights now" for name in old.weights.keys() - new.weights)
-    for name in sorted(old.weights.keys() & new.weights):
-        if not old.weights[name].is_same(new.weights[name]):
+def contents(old: EngineKey, graph: str | None, weights: Mapping[str, FileEntry]) -> Iterator[str]:
+    """Why an engine is not one of this graph and these weights.
+
+    A graph says where its weights are, so it has to be made again when that changes. None is the
+    hash of a graph that nobody has read.
+    """
+    yield from (f"the weights in {name} are new" for name in weights.keys() - old.weights)
+    yield from (f"{name} holds no weights now" for name in old.weights.keys() - weights)
+    for name in sorted(old.weights.keys() & weights):
+        if not old.weights[name].is_same(weights[name]):
             yield f"the weights in {name} changed"
-    if old.graph != new.graph:
+    if graph is not None and old.graph != graph:
         yield "the graph changed"
 
 
 def _building(old: EngineKey, new: EngineKey) -> Iterator[str]:
+    yield from _parts(old.part, new.part)
     yield from _profiles(old.profiles, new.profiles)
     if old.flavour != new.flavour:
         yield f"it was built by {old.flavour}, now by {new.flavour}"
@@ -68,6 +87,20 @@ def _building(old: EngineKey, new: EngineKey) -> Iterator[str]:
     if missing := sorted(set(new.targets) - set(old.targets)):
         yield f"it is not for {targets(missing)}, only for {targets(old.targets)}"
     yield from _options(old.options, new.options)
+
+
+def _parts(old: Part | None, new: Part | None) -> Iterator[str]:
+    was, now = (part.of if part else 1 for part in (old, new))
+    if was == 1 != now:
+        yield f"it was whole, now it is split in {now}"
+    elif was != now:
+        yield f"it was split in {was}, now {'it is whole' if now == 1 else f'in {now}'}"
+    elif old and new and old != new:
+        yield f"it had {_blocks(old)}, now it has {_blocks(new)}"
+
+
+def _blocks(part: Part) -> str:
+    return f"blocks {part.first} to {part.end - 1}"
 
 
 def targets(capabilities: tuple[int, ...] | list[int]) -> str:

@@ -18,6 +18,25 @@ STAGES = ("text_encoder", "transformer", "vae_encoder", "vae_decoder")
 OPTIONAL = ("latent_upsampler",)
 """Stages whose weights are in a file of their own, which a pipeline may do without."""
 
+SAMPLER_STEP = "sampler_step"
+"""Guidance and one step of the sampler: no model's, made where the transformer's engine is."""
+
+BRANCHES = ("uncond", "text", "perturbed")
+"""Of guidance, in the order in which they are the transformer's batch."""
+
+COEFFICIENTS = (
+    "guidance_scale",
+    "stg_scale",
+    "rescaling_scale",
+    "cfg_star_rescale",
+    "latents",
+    "velocity",
+    "previous",
+    "noise",
+    "sigma",
+)
+"""What a sampler step reads beside tensors, in this order; 0 switches the two rescalings off."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
@@ -95,6 +114,34 @@ def ltx_video(sizes: Sizes) -> dict[str, Stage]:
             _vae_decoder(sizes),
         )
     }
+
+
+def sampler_step(channels: int) -> Stage:
+    """From the velocities of the branches and the latents to the next latents and `batch`, which
+    is what the transformer reads next: as many rows of it as it has branches.
+
+    A branch that was not run is the text's velocity again: their difference is 0, whatever its
+    scale. `previous` is the last step's `clean`.
+    """
+
+    def tokens(name: str, dtype: str = "float32", batch: int = 1) -> Tensor:
+        return Tensor(name, dtype, (batch, "tokens", channels))
+
+    return Stage(
+        SAMPLER_STEP,
+        inputs=(
+            tokens("latents"),
+            *(tokens(branch, FLOAT) for branch in BRANCHES),
+            tokens("previous"),
+            tokens("noise"),
+            Tensor("coefficients", "float32", (len(COEFFICIENTS),)),
+        ),
+        outputs=(
+            tokens("next_latents"),
+            tokens("clean"),
+            tokens("batch", FLOAT, len(BRANCHES)),
+        ),
+    )
 
 
 def _text_encoder(sizes: Sizes) -> Stage:

@@ -2,31 +2,39 @@
 
     python -m ltx_export.build < JOB        what build_process.py runs, one process for each engine
 
-The process reads a job from the first line of its input and writes one JSON object in each line of
-its output: {"phase": ..., "of": ..., "done": ...} while it builds, and at last {"built": ...} or
-{"failed": ...}. It ends when its input does, so a parent that dies takes it along.
+The process reads a job (`build_job.py`) from the first line of its input and writes one JSON object
+in each line of its output: {"phase": ..., "of": ..., "done": ...} while it builds, {"note": ...}
+for what a person should know, and at last {"built": ...} or {"failed": ...}. It ends when its input
+does, so a parent that dies takes it along.
 """
 
 import ctypes
 import hashlib
 import json
-import mmap
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from importlib.util import find_spec
-from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
 
 from ltx_engines.errors import UserError
 from ltx_engines.targets import Flavour
-from ltx_export import layer_table
+from ltx_export import card as cards
+from ltx_export import layer_table, timing_cache
+from ltx_export.build_job import BuildError as BuildError
+from ltx_export.build_job import Built as Built
+from ltx_export.build_job import Job as Job
+from ltx_export.build_job import Shapes as Shapes
+from ltx_export.build_job import from_json
+from ltx_export.card import Card
+from ltx_export.mapped_weights import MappedWeights
 
 MODULES: Mapping[Flavour, str] = MappingProxyType(
     {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -40,49 +48,10 @@ COMMANDS: Mapping[Flavour, str] = MappingProxyType(
 CUDA_MAJORS = ("", "-cu13", "-cu12")
 """Ends of the distributions' names."""
 
-Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-"""The smallest, likeliest and largest shape of an input."""
+WORKSPACE_SHARE = 0.8
+"""Of the memory that is free beside the weights, unless the user says. TensorRT would take all."""
 
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """`weights` are the files that the graph points into when it cannot be parsed where it lies:
-    its own words for them, and where they are. `types` are the element types of inputs and outputs
-    as the table of tensors has them. `workspace` is in bytes."""
-
-    graph: Path
-    engine: Path
-    layers: Path
-    flavour: Flavour
-    version: str
-    targets: tuple[int, ...]
-    profiles: tuple[Mapping[str, Shapes], ...]
-    types: Mapping[str, str]
-    weights: Mapping[str, str] = field(default_factory=dict)
-    optimization_level: int | None = None
-    workspace: int | None = None
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), default=str)
-
-
-def from_json(text: str) -> Job:
-    data = json.loads(text)
-    paths = {name: Path(data[name]) for name in ("graph", "engine", "layers")}
-    return Job(**data | paths | {"targets": tuple(data["targets"])})
-
-
-@dataclass(frozen=True, slots=True)
-class Built:
-    """What was written: the engine's size and hash, and what it needs beside its weights."""
-
-    bytes: int
-    sha256: str
-    activations: int
-
-
-class BuildError(Exception):
-    """The builder's first complaint."""
+Tell = Callable[[dict[str, object]], None]
 
 
 def version(flavour: Flavour) -> str:
@@ -102,7 +71,7 @@ def version(flavour: Flavour) -> str:
     raise UserError(f"{module} is not installed, which builds for {flavour}; {COMMANDS[flavour]}")
 
 
-def build(job: Job, tell: Callable[[dict[str, object]], None]) -> Built:
+def build(job: Job, tell: Tell) -> Built:
     """Write engine and table to the job's files, which are the caller's to remove on failure.
 
     Raises:
@@ -115,27 +84,31 @@ def build(job: Job, tell: Callable[[dict[str, object]], None]) -> Built:
             f"{job.flavour} {trt.__version__} was loaded, {job.version} is installed; "
             f"repair it: {COMMANDS[job.flavour]}"
         )
-    if job.flavour == "tensorrt":
-        _check_card(job.targets)
+    at_hand = _check_card(job.targets) if job.flavour == "tensorrt" else None
     log = _log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(_strongly_typed(trt))
-    with _Mapped(job) as mapped:
-        _parse(trt.OnnxParser(network, log), job, mapped, log)
-        _check_types(trt, network, job)
-        config = _config(trt, builder, job)
-        config.progress_monitor = _monitor(trt, tell)
-        for shapes in job.profiles:
-            profile = builder.create_optimization_profile()
-            for name, ends in shapes.items():
-                profile.set_shape(name, *ends)
-            config.add_optimization_profile(profile)
-        with job.engine.open("wb") as file:
-            writer = _writer(trt, file)
-            if not builder.build_serialized_network_to_stream(network, config, writer):
-                raise BuildError(_complaint(log))
-            file.flush()
-            os.fsync(file.fileno())
+    mapped = MappedWeights(job.weights)  # to be read until the engine is written
+    _parse(trt.OnnxParser(network, log), job, mapped, log)
+    _check_types(trt, network, job)
+    _mark(network, job)
+    config = _config(trt, builder, job)
+    if at_hand is not None:
+        _config_for(trt, config, job, at_hand, tell)
+    config.progress_monitor = _monitor(trt, tell)
+    for shapes in job.profiles:
+        profile = builder.create_optimization_profile()
+        for name, ends in shapes.items():
+            profile.set_shape(name, *ends)
+        config.add_optimization_profile(profile)
+    with job.engine.open("wb") as file:
+        writer = _writer(trt, file)
+        if not builder.build_serialized_network_to_stream(network, config, writer):
+            raise BuildError(_complaint(log))
+        file.flush()
+        os.fsync(file.fileno())
+    if at_hand is not None:
+        timing_cache.save(config, timing_cache.place(job.version, at_hand.name))
     table = tuple(layer_table.layers("\n".join(log.tables)))
     job.layers.write_text(layer_table.to_json(table), encoding="utf-8")
     return Built(writer.bytes, writer.digest.hexdigest(), log.activations)
@@ -158,55 +131,45 @@ def _config(trt: Any, builder: Any, job: Job) -> Any:
         config.builder_optimization_level = job.optimization_level
     if job.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace)
+    if job.weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if job.refittable:
+        config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)  # REFIT would be all weights, and slower
     return config
 
 
-def _parse(parser: Any, job: Job, mapped: "_Mapped", log: Any) -> None:
+def _config_for(trt: Any, config: Any, job: Job, at_hand: Card, tell: Tell) -> None:
+    """What depends on the GPU on which TensorRT measures."""
+    if job.workspace is None:
+        limit = int(max(at_hand.free - job.weight_bytes, 0) * WORKSPACE_SHARE)
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, limit)
+        tell(
+            {
+                "note": f"workspace of {limit:,} bytes, of {at_hand.free:,} that are free on "
+                f"{at_hand.name}"
+            }
+        )
+    timing_cache.use(config, timing_cache.place(job.version, at_hand.name))
+
+
+def _mark(network: Any, job: Job) -> None:
+    for name in job.refittable:
+        if not network.mark_weights_refittable(name):
+            raise BuildError(f"{name} cannot be refitted: it is no weight of the network")
+
+
+def _parse(parser: Any, job: Job, mapped: MappedWeights, log: Any) -> None:
     if not job.weights:
         read = parser.parse_from_file(str(job.graph))
     else:  # a parser follows relative paths only
         read = parser.load_model_proto(job.graph.read_bytes())
-        for name, address, size in mapped.initializers():
+        for name, address, size in mapped.initializers(job.graph):
             read = read and parser.load_initializer(name, address, size)
         read = read and parser.parse_model_proto()
     if not read:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         said = [f"{error.node_name()}: {error.desc()}" for error in errors]
         raise BuildError(said[0] if said else _complaint(log))
-
-
-class _Mapped:
-    """The files of weights, mapped for as long as the builder reads them."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.maps: dict[str, mmap.mmap] = {}
-
-    def __enter__(self) -> "_Mapped":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """The maps end with the process: a builder may hold their addresses until then."""
-
-    def initializers(self) -> list[tuple[str, int, int]]:
-        """Name, address and bytes of what the graph says lies in files."""
-        import onnx
-
-        proto = onnx.load(self.job.graph, load_external_data=False)
-        found = []
-        for tensor in proto.graph.initializer:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                said = {entry.key: entry.value for entry in tensor.external_data}
-                address = self._address(said["location"]) + int(said.get("offset", 0))
-                found.append((tensor.name, address, int(said["length"])))
-        return found
-
-    def _address(self, location: str) -> int:
-        if location not in self.maps:
-            with Path(self.job.weights[location]).open("rb") as file:
-                # A private map may be written to, which ctypes wants; nobody does.
-                self.maps[location] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return ctypes.addressof(ctypes.c_char.from_buffer(self.maps[location]))
 
 
 def _check_types(trt: Any, network: Any, job: Job) -> None:
@@ -288,40 +251,27 @@ def _monitor(trt: Any, tell: Callable[[dict[str, object]], None]) -> Any:
     return Monitor()
 
 
-MAJOR, MINOR = 75, 76
-"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*."""
-
-
-def _check_card(targets: tuple[int, ...]) -> None:
+def _check_card(targets: tuple[int, ...]) -> Card:
     """TensorRT measures kernels on the card that it builds for."""
-    found = card()
+    found = cards.at_hand()
     if found is None:
         raise UserError(
             "TensorRT builds on the GPU that it builds for, and there is none here; build where "
             "it is, or for a consumer card anywhere with --backend tensorrt-rtx"
         )
-    if targets != (found,):
+    if targets != (found.capability,):
         wanted = ", ".join(f"SM{target}" for target in targets)
         raise UserError(
-            f"TensorRT builds for the GPU at hand, which is SM{found}, not for {wanted}; "
-            f"give --gpu sm{found} alone"
+            f"TensorRT builds for the GPU at hand, which is SM{found.capability}, not for {wanted};"
+            f" give --gpu sm{found.capability} alone"
         )
+    return found
 
 
 def card() -> int | None:
     """The compute capability of the first visible GPU; None if there is none."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    device = ctypes.c_int()
-    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
-        return None
-    numbers = ctypes.c_int(), ctypes.c_int()
-    for number, attribute in zip(numbers, (MAJOR, MINOR), strict=True):
-        if cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
-            return None
-    return 10 * numbers[0].value + numbers[1].value
+    found = cards.at_hand()
+    return None if found is None else found.capability
 
 
 def main() -> int:
@@ -337,6 +287,7 @@ def main() -> int:
             return 1  # whoever asked was stopped before saying what for
         job = from_json(line)
         threading.Thread(target=_end_with_input, daemon=True).start()
+        threading.Thread(target=give_back, daemon=True).start()
         try:
             built = build(job, tell)
         except (BuildError, UserError, OSError) as error:
@@ -345,6 +296,19 @@ def main() -> int:
         tell({"built": asdict(built)})
         channel.flush()
         os._exit(0)  # a builder's own end may take seconds, and may crash
+
+
+TRIM_INTERVAL = 0.25
+"""Seconds."""
+
+
+def give_back() -> None:
+    """What the builder has freed goes back to the system at once. Between its largest pieces glibc
+    would keep it: 0.4 of 5.6 GB for the 2B transformer (TensorRT-RTX 1.7.1, 2026-11)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    while trim is not None:  # other C libraries have none
+        time.sleep(TRIM_INTERVAL)
+        trim(0)
 
 
 def _end_with_input() -> None:

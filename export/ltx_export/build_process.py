@@ -9,7 +9,8 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from ltx_engines.errors import UserError
-from ltx_export.build import Built, Job
+from ltx_export import engine_needs
+from ltx_export.build_job import Built, Job
 
 COMMAND = (sys.executable, "-m", "ltx_export.build")
 
@@ -43,7 +44,9 @@ def run(job: Job, what: str) -> Generator[str, None, Built]:
             process.wait()
         finally:
             _end(process)
-        return _result(last, process.returncode, job, errors)
+        built = _result(last, process.returncode, job, errors)
+    engine_needs.warn_of_bloat(job, built)
+    return built
 
 
 def _follow(
@@ -60,7 +63,9 @@ def _follow(
     last: dict[str, Any] = {}
     for line in process.stdout:
         message = json.loads(line)
-        if "phase" not in message:
+        if "note" in message:
+            yield f"{what}, {message['note']}"
+        elif "phase" not in message:
             last = message
         else:
             of = f" {message['done']} of {message['of']}" if message["of"] else ""

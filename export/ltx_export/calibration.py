@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from ltx_engines import hashes
 from ltx_engines.errors import UserError
-from ltx_export import convert, derive
+from ltx_export import derive
+from ltx_ref import casts
 from ltx_ref.checkpoint import CheckpointError, Header, TensorInfo, read_header
 
 METADATA = "ltx_trt.calibration"
@@ -108,7 +109,7 @@ def load(path: Path) -> Calibration:
                 raise DamagedError(
                     f"{path}: {name} is no range of a layer; calibrate again with --overwrite"
                 )
-            ranges[name.removesuffix(AMAX)] = convert.read(file, info).astype(np.float32)
+            ranges[name.removesuffix(AMAX)] = casts.read(file, info).astype(np.float32)
     return Calibration(path, MappingProxyType(ranges), facts)
 
 

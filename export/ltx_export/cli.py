@@ -1,5 +1,6 @@
 """ltx-export: from a checkpoint to a bundle that a small runtime plays."""
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import typer
 
 from ltx_engines.command import invoke
 from ltx_engines.errors import UserError
-from ltx_export import engine_commands, quantization_commands
+from ltx_export import debug_commands, engine_commands, quantization_commands
 from ltx_export.console import check_packages, follow
 from ltx_export.options import (
     IgnoreKeys,
@@ -191,8 +192,6 @@ def plan(  # noqa: PLR0913 - options of a command
     """Say what each stage needs, and whether it fits a GPU; exit code 3 if one that was asked for
     is too small."""
     check_packages("plan")
-    import json
-
     from ltx_export import plan as planning
     from ltx_export import plan_report, sources, stage_plan
     from ltx_export.plan_question import Question, usual
@@ -223,24 +222,45 @@ def plan(  # noqa: PLR0913 - options of a command
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A .safetensors, an index of shards, a text encoder's folder.")
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT|ENGINE|BUNDLE",
+            help="A .safetensors, an index of shards, a text encoder's folder; engines.",
+        ),
     ],
     tensors: Annotated[
         bool, typer.Option("--tensors", help="List all tensors, not only the largest.")
     ] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="List an engine's kernels.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Of engines: JSON on stdout.")] = False,
     ignore_config_key: IgnoreKeys = [],  # noqa: B006 - typer copies it
 ) -> None:
-    """Say what weights are: version, sizes, element types, quantization, tensors by size."""
+    """Say what weights are: version, sizes, element types, quantization, tensors by size; or what
+    kernels an engine runs."""
     check_packages("inspect")
-    from ltx_export import inspection
+    from ltx_export import engine_inspection, inspection
 
+    if engine_inspection.is_engine(path):
+        found = engine_inspection.read(path)
+        if as_json:
+            typer.echo(json.dumps(engine_inspection.document(found), indent=1))
+            return
+        for line in engine_inspection.lines(found, layers=layers):
+            typer.echo(line)
+        return
+    if layers or as_json:
+        raise UserError(f"{path} holds no engines; --layers and --json are for those")
     listed = None if tensors else inspection.LARGEST
-    for line in inspection.lines(checkpoint, ignore_config_key, listed):
+    for line in inspection.lines(path, ignore_config_key, listed):
         typer.echo(line)
 
 
-for command in (*quantization_commands.COMMANDS, *engine_commands.COMMANDS):
+for command in (
+    *quantization_commands.COMMANDS,
+    *engine_commands.COMMANDS,
+    *debug_commands.COMMANDS,
+):
     app.command()(command)
 
 

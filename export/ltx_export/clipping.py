@@ -5,8 +5,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ltx_engines.errors import UserError
-from ltx_export import codes
-from ltx_export.codes import Rows, Vector
+from ltx_ref import codes
+from ltx_ref.codes import Rows, Vector
 from ltx_ref.quantization import Format
 
 if TYPE_CHECKING:

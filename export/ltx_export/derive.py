@@ -23,12 +23,12 @@ import numpy as np
 
 from ltx_engines.bundle import Precision
 from ltx_engines.errors import UserError
-from ltx_export import convert, lora
-from ltx_export.convert import Numbers
-from ltx_export.lora import Adapter, Patch
-from ltx_export.lora_file import listed
-from ltx_ref import quantization
+from ltx_export import convert, lora_fit
+from ltx_ref import casts, lora, quantization
+from ltx_ref.casts import Numbers
 from ltx_ref.checkpoint import BITS, Header, TensorInfo, read_header
+from ltx_ref.lora import Adapter, Patch
+from ltx_ref.lora_file import listed
 
 PROVENANCE = "ltx_trt.lora"
 """Key of the metadata: which LoRAs the weights contain, as a JSON list."""
@@ -199,7 +199,7 @@ def _provenance(header: Header, adapters: Sequence[Adapter]) -> dict[str, str]:
 
 def _check_fusible(header: Header, types: Mapping[str, str], adapters: Sequence[Adapter]) -> None:
     """`types` are those of the tensors that are kept."""
-    lora.check_fusible(header)
+    lora_fit.check_fusible(header)
     for adapter in adapters:
         if not adapter.patches.keys() & types.keys():
             raise UserError(
@@ -207,7 +207,7 @@ def _check_fusible(header: Header, types: Mapping[str, str], adapters: Sequence[
                 f"{len(adapter.patches):,} weights that it changes ({listed(adapter.patches)}); "
                 "choose their stage too, or leave the LoRA out"
             )
-    lora.check_float(header, types, (name for adapter in adapters for name in adapter.patches))
+    lora_fit.check_float(header, types, (name for adapter in adapters for name in adapter.patches))
 
 
 def check_unchanged(source: Header) -> None:
@@ -236,7 +236,7 @@ def _pieces(
         patches = [patch for adapter in adapters for patch in adapter.patches.get(name, ())]
         what = f"{source.path}: {name}{' with its LoRA' if patches else ''}"
         for numbers in _numbers(file, source.tensors[name], patches):
-            yield convert.cast(numbers, info.dtype, what).view(np.uint8).data
+            yield casts.cast(numbers, info.dtype, what).view(np.uint8).data
 
 
 def _numbers(file: BinaryIO, info: TensorInfo, patches: Sequence[Patch]) -> Iterator[Numbers]:
@@ -245,25 +245,8 @@ def _numbers(file: BinaryIO, info: TensorInfo, patches: Sequence[Patch]) -> Iter
     step = max(1, PIECE // max(1, row)) * row
     for begin in range(0, count, max(1, step)):
         end = min(begin + step, count)
-        numbers = convert.read(file, info, begin, end)
-        yield _fused(numbers, patches, begin // row, end // row) if patches else numbers
-
-
-def _fused(numbers: Numbers, patches: Sequence[Patch], begin: int, end: int) -> Numbers:
-    """Rows `begin` to `end` of a weight with everything added that belongs to them."""
-    wide = numbers if numbers.dtype == np.float64 else convert.cast(numbers, "F32", "")
-    with np.errstate(over="ignore", invalid="ignore"):
-        change = patches[0].rows(begin, end)
-        for patch in patches[1:]:
-            change = change + patch.rows(begin, end)
-        fused: Numbers = wide + change
-    if not np.isfinite(change).all():
-        files = ", ".join(sorted({str(patch.path) for patch in patches}))
-        raise UserError(
-            f"{files}: what {patches[0].key} adds is not finite; "
-            "lower the strength, or download the file again"
-        )
-    return fused
+        numbers = casts.read(file, info, begin, end)
+        yield lora.fused(numbers, patches, begin // row, end // row) if patches else numbers
 
 
 @contextmanager

@@ -21,12 +21,24 @@ class Buckets:
     """`shapes` are `WxHxF` or `WxHxF..WxHxF`; `branches` are the transformer's passes of a step.
 
     `per_token` adds to each clip a profile with a timestep for each token, as images need it.
+    `vae_tile` is a shape too: the VAE's stages take it in the place of the clips.
     """
 
     shapes: tuple[str, ...]
     branches: int
     text_tokens: int
     per_token: bool = False
+    vae_tile: str | None = None
+
+    def words(self, stage: str) -> tuple[str, ...]:
+        """The shapes of a stage."""
+        if stage in VAE and self.vae_tile is not None:
+            return (self.vae_tile,)
+        return self.shapes
+
+
+VAE = frozenset({"vae_encoder", "vae_decoder"})
+"""Stages that can work in tiles."""
 
 
 def usual_branches(manifest: Manifest) -> int:
@@ -82,7 +94,7 @@ def _sizes(stage: str, buckets: Buckets) -> Iterator[dict[str, Range]]:
     """The free axes of each bucket, and `timesteps`, which is free in an engine."""
     batch = {"transformer": buckets.branches, "text_encoder": min(buckets.branches, 2)}
     most = batch.get(stage, 1)
-    for word in buckets.shapes:
+    for word in buckets.words(stage):
         sizes = _grid(*ends(word)) | {"batch": (1, most, most), "text": _fixed(buckets.text_tokens)}
         yield sizes | {"timesteps": (1, 1, 1)}
         if buckets.per_token and stage == "transformer":

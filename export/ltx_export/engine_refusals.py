@@ -4,6 +4,7 @@ must be."""
 import logging
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
 
 from ltx_engines.bundle import Bundle, StageEntry
@@ -76,12 +77,16 @@ def precisions(entry: StageEntry) -> Iterator[Precision]:
         yield from dict.fromkeys(STORED_AS[form] for form in entry.quantization.layers)
 
 
-def wanted(opened: Bundle, key: EngineKey) -> Wanted:
-    """What the files say that the kernels must be."""
+def wanted(opened: Bundle, key: EngineKey, graph: Path) -> Wanted:
+    """What the files say that the kernels of a graph, or of a part of one, must be."""
     import onnx
 
+    if "weights as inputs" in key.options:
+        from ltx_export import weight_input_engines
+
+        return weight_input_engines.wanted(opened, key, graph)
     entry = opened.stage(key.stage)
-    proto = onnx.load(opened.file(entry.file), load_external_data=False)
+    proto = onnx.load(graph, load_external_data=False)
     weights = {tensor.name for tensor in proto.graph.initializer}
     sizes = {size for tensor in proto.graph.initializer for size in tensor.dims}
     products: dict[str, Format] = {}

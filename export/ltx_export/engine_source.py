@@ -15,9 +15,10 @@ from pathlib import Path
 from ltx_engines import bundle, hashes
 from ltx_engines.bundle import Hashing, Manifest
 from ltx_engines.errors import UserError
-from ltx_engines.stages import OPTIONAL, STAGES
-from ltx_export import __version__
-from ltx_export.onnx_order import Order
+from ltx_engines.stages import OPTIONAL, SAMPLER_STEP, STAGES
+from ltx_export import __version__, engine_numbers
+from ltx_export.engine_numbers import Numbers
+from ltx_export.onnx_order import Order, Reader
 
 MADE_OF = "graphs made of"
 """The key of Manifest.toolchain under which a bundle remembers it."""
@@ -27,13 +28,44 @@ def is_bundle(path: Path) -> bool:
     return (path / bundle.MANIFEST).is_file()
 
 
-def prepare(order: Order) -> Iterator[str]:
-    """Let `order.out` be a bundle of graphs of `order.checkpoint`, which may be a bundle too.
+def resolve(source: Path, stages: tuple[str, ...] | None) -> tuple[Path, tuple[str, ...] | None]:
+    """The bundle of one of its graphs, and that graph's stage; anything else as it is.
+
+    Raises:
+        UserError: the graph is in no bundle, or another stage is asked for.
+    """
+    if source.suffix != ".onnx":
+        return source, stages
+    if not is_bundle(source.parent):
+        raise UserError(
+            f"{source} has no {bundle.MANIFEST} beside it, which says what its tensors and weights "
+            "are; give a graph in a bundle (ltx-export onnx), or the checkpoint"
+        )
+    entries = bundle.read(source.parent).stages
+    found = [stage for stage, entry in entries.items() if entry.file == source.name]
+    if not found:
+        files = ", ".join(entry.file for entry in entries.values())
+        raise UserError(f"{source} is no graph of its bundle, which has {files}")
+    if stages is not None and list(stages) != found:
+        raise UserError(
+            f"{source} is the stage {found[0]}, --stages {','.join(stages)} are others; leave out "
+            "--stages, or give the bundle"
+        )
+    return source.parent, tuple(found)
+
+
+def prepare(
+    order: Order, numbers: Numbers = engine_numbers.NOTHING, reader: Reader = "builder"
+) -> Iterator[str]:
+    """Let `order.out` be a bundle of graphs of `order.checkpoint`, which may be a bundle too, for
+    this reader.
 
     Raises:
         UserError, CheckpointError, OSError: something that the user can mend.
     """
     if is_bundle(order.checkpoint):
+        _check_options(order)
+        engine_numbers.check(numbers, order.checkpoint, bundle.read(order.checkpoint))
         if _is_same(order.checkpoint, order.out):
             return
         made_of = _of_bundle(order.checkpoint)
@@ -41,23 +73,58 @@ def prepare(order: Order) -> Iterator[str]:
             yield f"linking {order.checkpoint.name}"
             _place(order.checkpoint, order.out, made_of)
         return
-    made_of, stages = _of_files(order), _stages(order)
+    order = replace(order, reader=reader)
+    made_of, stages = _of_files(order, numbers), _stages(order)
     if _is_made_of(order.out, made_of):
         present = bundle.read(order.out).stages.keys()
         if present >= set(stages):
             return
         stages = tuple(s for s in (*STAGES, *OPTIONAL) if s in {*stages, *present})
     _check_kept(order.out, stages)
+    if numbers.recipe is not None:
+        if "transformer" not in stages:
+            name = numbers.recipe.name
+            raise UserError(f"{name} is for the transformer, which is not among --stages")
+        if order.weights == "refer" and not engine_numbers.is_quantized(order.checkpoint):
+            raise UserError(
+                "--weights refer wants a quantized file that stays where it is; make one with "
+                "ltx-export quantize, or leave --weights out"
+            )
     whole = order.out.resolve()
-    graphs = whole.with_name(f".{whole.name}-graphs")
-    shutil.rmtree(graphs, ignore_errors=True)  # a killed export's
+    graphs, quantized = (whole.with_name(f".{whole.name}-{end}") for end in SCRATCH)
+    _remove(graphs, quantized)  # a killed export's
     from ltx_export import onnx_bundle  # half a second: only where graphs are made
 
     try:
-        yield from onnx_bundle.write(replace(order, out=graphs, stages=stages))
+        made = yield from engine_numbers.written(numbers, order.checkpoint, quantized)
+        wanted = replace(order, checkpoint=made.checkpoint, precision=made.floats)
+        yield from onnx_bundle.write(replace(wanted, out=graphs, stages=stages))
         _place(graphs, order.out, made_of)
     finally:
-        shutil.rmtree(graphs, ignore_errors=True)
+        _remove(graphs, quantized)
+
+
+SCRATCH = ("graphs", "quantized")
+"""Ends of the names of folders, beside the bundle's, that are there only while it is made."""
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_options(order: Order) -> None:
+    """What a checkpoint's graphs are made of has been decided in a bundle."""
+    for option, value in (
+        ("--text-encoder", order.text_encoder),
+        ("--upsampler", order.upsampler),
+        ("--pipeline-config", order.pipeline_config),
+        ("--ignore-config-key", order.ignore_config_keys or None),
+    ):
+        if value is not None:
+            raise UserError(
+                f"{order.checkpoint} has graphs already; {option} is for a checkpoint, leave it out"
+            )
 
 
 def _stages(order: Order) -> tuple[str, ...]:
@@ -68,7 +135,7 @@ def _stages(order: Order) -> tuple[str, ...]:
 def _check_kept(out: Path, stages: tuple[str, ...]) -> None:
     """Graphs of another checkpoint, or of other options, take the place of all that are there."""
     present = bundle.read(out).stages if is_bundle(out) else {}
-    if lost := [stage for stage in present if stage not in stages]:
+    if lost := [stage for stage in present if stage not in (*stages, SAMPLER_STEP)]:
         raise UserError(
             f"{out} has the stages {', '.join(lost)} too, of other files or options than these; "
             "name them among --stages with their files, or choose another --out"
@@ -84,21 +151,27 @@ def _is_made_of(out: Path, made_of: str) -> bool:
 
 
 def _of_bundle(folder: Path) -> str:
-    """Its engines are no part of its graphs."""
-    manifest = bundle.read(folder).model_copy(update={"engines": ()})
-    engines = {n for e in bundle.read(folder).engines for n in (e.file, e.layers)}
-    files = {name: file for name, file in manifest.files.items() if name not in engines}
-    return _digest(manifest.model_copy(update={"files": files}).model_dump_json())
+    """Its engines, and what is made with them, are no part of its graphs."""
+    manifest = bundle.read(folder)
+    later = {n for e in manifest.engines for n in (e.file, e.layers)}
+    later |= {e.file for stage, e in manifest.stages.items() if stage == SAMPLER_STEP}
+    changes = {
+        "engines": (),
+        "onnxruntime": {},
+        "stages": {s: entry for s, entry in manifest.stages.items() if s != SAMPLER_STEP},
+        "files": {name: file for name, file in manifest.files.items() if name not in later},
+    }
+    return _digest(manifest.model_copy(update=changes).model_dump_json())
 
 
-def _of_files(order: Order) -> str:
+def _of_files(order: Order, numbers: Numbers) -> str:
     """The files as the system describes them, a sample of each, and every option of the export."""
     options = {name: str(value) for name, value in asdict(order).items()}
     told = {
         name: value for name, value in options.items() if name not in ("out", "overwrite", "stages")
     }
     files = [_file(file) for file in _read_by(order)]
-    return _digest(json.dumps([__version__, told, files]))
+    return _digest(json.dumps([__version__, told, files, numbers.facts()]))
 
 
 def _read_by(order: Order) -> Iterator[Path]:

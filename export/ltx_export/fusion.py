@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ltx_engines.errors import UserError
-from ltx_export import derive, lora
-from ltx_export.lora_file import listed
+from ltx_export import derive, lora_fit
+from ltx_ref import lora
 from ltx_ref.checkpoint import read_header
+from ltx_ref.lora_file import listed
 
 
 def lines(words: Sequence[str], checkpoint: Path | None) -> Iterator[str]:
@@ -19,7 +20,7 @@ def lines(words: Sequence[str], checkpoint: Path | None) -> Iterator[str]:
     header = None if checkpoint is None else read_header(checkpoint)
     unfit = []
     for wish in lora.parse(words):
-        fits = yield from lora.lines(wish, header)
+        fits = yield from lora_fit.lines(wish, header)
         if not fits:
             unfit.append(str(wish.path))
     if unfit:
@@ -36,7 +37,7 @@ def fuse(words: Sequence[str], checkpoint: Path, out: Path) -> Iterator[str]:
     """
     yield "reading"
     header = read_header(checkpoint)
-    adapters = lora.read(lora.parse(words), header)
+    adapters = lora_fit.read(lora.parse(words), header)
     if os.path.lexists(out):
         raise UserError(f"{out} is there already; choose another name")
     if not out.absolute().parent.is_dir():

@@ -4,7 +4,7 @@
     bfloat16    ltx_ref in bfloat16
     quantized   ltx_ref in float32 with the file's codes
     onnx        the exported graph on ONNX Runtime
-    engine      TensorRT
+    engine      TensorRT or TensorRT-RTX, on the GPU
 
 A rung has two outputs: `velocity`, all guidance branches of the first step, and `latents`, what is
 left after the last. The rung quantized has one more, the `weights` of its worst layer; and onnx
@@ -113,10 +113,13 @@ ONNX Runtime computes in float32 what it has no float16 kernel for, and rounds e
 
 
 def bounds(
-    formats: Collection[Format], wishes: Iterable[str] = (), precision: Precision = "float32"
+    formats: Collection[Format],
+    wishes: Iterable[str] = (),
+    precision: Precision = "float32",
+    engine: Precision = "bfloat16",
 ) -> dict[str, Bound]:
-    """Those of a file with these formats, the loosest of which counts, and of a graph in this
-    element type; `wishes` are `NAME=VALUE`.
+    """Those of a file with these formats, the loosest of which counts, of a graph in this
+    element type, and of an engine in its own; `wishes` are `NAME=VALUE`.
 
     Raises:
         UserError: a wish is for no bound, or not a number.
@@ -134,9 +137,12 @@ def bounds(
         why = "codes that flip at rounding boundaries add up to the error of quantization itself"
         found |= {"onnx.layers": graphs.coded_layers, "onnx.blocks": graphs.coded_blocks}
         found |= _over_steps("onnx", replace(quantized, why=why))
+        found |= _over_steps("engine", replace(quantized, why=why))
     else:
         found |= {"onnx.layers": graphs.layers, "onnx.blocks": graphs.blocks}
         found |= _over_steps("onnx", graphs.through)
+        rounds = BFLOAT16 if engine == "bfloat16" else GRAPHS[engine].through
+        found |= _over_steps("engine", rounds)
     for wish in wishes:
         name, _, text = wish.partition("=")
         if name not in found:

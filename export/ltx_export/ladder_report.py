@@ -75,7 +75,9 @@ def _tail(report: Report) -> Iterator[str]:
         return
     yield f"the first rung that breaks is {broken.rung}: {verdict(broken)}"
     yield f"the bound: {broken.bound.why}"
-    if report.culprit is None:
+    if report.culprit is None and broken.rung == "engine":
+        yield f"which part does so: ltx-export debug-layers {report.facts['bundle']}"
+    elif report.culprit is None:
         yield "no part of it does so by itself"
     else:
         yield f"the worst part is {culprit(report.culprit)}"

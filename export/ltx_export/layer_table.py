@@ -40,11 +40,13 @@ class Layer:
 
     @property
     def codes(self) -> str | None:
-        """The type of less than 16 bits in which it multiplies activations and weights."""
-        if self.kind != "gemm" or not self.inputs or not self.constants:
+        """The type of less than 16 bits in which it multiplies activations and weights. These are
+        a constant or, if they come at run time, the second input."""
+        if self.kind != "gemm" or not self.inputs:
             return None
-        types = {self.inputs[0].dtype, self.constants[0].dtype}
-        return types.pop() if len(types) == 1 and types <= set(CODES.values()) else None
+        kind = self.inputs[0].dtype
+        weights = [operand.dtype for operand in (*self.constants[:1], *self.inputs[1:2])]
+        return kind if kind in CODES.values() and kind in weights else None
 
     @property
     def is_fused_attention(self) -> bool:

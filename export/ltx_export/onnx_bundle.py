@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from ltx_export import (
     __version__,
     derive,
     invariants,
-    lora,
+    lora_fit,
+    lower,
+    onnxruntime_graph,
     pipeline_defaults,
     quantized_stage,
     sources,
@@ -30,6 +32,7 @@ from ltx_export.onnx_order import Opset as Opset
 from ltx_export.onnx_order import Order as Order
 from ltx_export.pipeline_defaults import Pipeline
 from ltx_export.sources import TEXT_FOLDER, TOKENIZER, Derived, Sources
+from ltx_ref import lora
 from ltx_ref.checkpoint import Header
 from ltx_ref.ltx_video.config import noise_blocks
 from ltx_ref.text import PromptTokenizer
@@ -39,6 +42,8 @@ IR_VERSION = 10
 
 OPSET = {"float32": 20, "float16": 20, "bfloat16": 23}
 """Unless the user chooses: ONNX Runtime's CPU has no bfloat16, TensorRT wants it."""
+BUILDERS_OPSET = {**OPSET, "float16": 23}
+"""For float32 no builder has a kernel of attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +57,12 @@ class Checked:
     precisions: Mapping[str, bundle.Precision]
     graphs: Graphs
     opset: Opset | None = None
+    opsets: Mapping[str, int] = field(default_factory=lambda: OPSET)
+    fuses: bool = False
+    """Attention becomes ONNX Runtime's operator."""
 
     def opset_of(self, stage: str) -> int:
-        return self.opset or OPSET[self.precisions[stage]]
+        return self.opset or self.opsets[self.precisions[stage]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,7 @@ class Graph:
             outputs=bundle.tensor_entries(self.stage.outputs, self.precision),
             weights=self.files,
             opset=self.opset,
+            domains=tuple(sorted(name for name in self.model.graph.opset_imports if name)),
             quantization=self.quantization,
         )
 
@@ -131,7 +140,7 @@ def check(order: Order) -> Checked:
     pipeline = pipeline_defaults.read(order.pipeline_config, found.config, order.stg_mode)
     graphs = Graphs(found.model(pipeline.stg_mode))
     sources.check_fit(found, chosen, graphs)
-    adapters = lora.read(lora.parse(order.loras), found.checkpoint) if order.loras else ()
+    adapters = lora_fit.read(lora.parse(order.loras), found.checkpoint) if order.loras else ()
     if order.precision is not None or adapters:
         read = frozenset(name for stage in chosen for name in graphs.weights(stage))
         found = found.derived(Derived(order.precision, adapters, read))
@@ -143,7 +152,9 @@ def check(order: Order) -> Checked:
     _check_opset(order, precisions)
     _check_names(found, chosen)
     _check_place(order, found, chosen)
-    return Checked(found, chosen, pipeline, words, precisions, graphs, order.opset)
+    opsets = BUILDERS_OPSET if order.reader == "builder" else OPSET
+    fuses = order.reader == "onnxruntime-gpu"
+    return Checked(found, chosen, pipeline, words, precisions, graphs, order.opset, opsets, fuses)
 
 
 def export(stage: str, checked: Checked) -> Graph:
@@ -152,6 +163,8 @@ def export(stage: str, checked: Checked) -> Graph:
     table, derived = checked.graphs.model.table(stage), checked.graphs.model.derived()
     model = checked.graphs.graph(stage, precision, opset)
     quantized = quantized_stage.apply(model, stage, found, checked.graphs.weights(stage))
+    if checked.fuses and opset == lower.OPSET:
+        onnxruntime_graph.fuse_attention(model, onnxruntime_graph.FLOATS)
     files = weights.bind(model, found.weights(stage))
     if lost := weights.missing(checked.graphs.weights(stage), model):
         raise AssertionError(f"{stage}: {lost[0]} is not a weight of the graph")

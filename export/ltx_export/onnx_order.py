@@ -8,6 +8,7 @@ from ltx_engines import bundle
 from ltx_engines.bundle import StgMode
 
 Opset = Literal[20, 23]
+Reader = Literal["any", "builder", "onnxruntime-gpu"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,9 @@ class Order:
     """None leaves the weights as they are."""
     loras: tuple[str, ...] = ()
     opset: Opset | None = None
+    reader: Reader = "any"
+    """For a builder of engines the opset is the one that has an operator for attention; for ONNX
+    Runtime's GPU providers attention is an operator of its own, so that no score is written."""
     weights: Literal["link", "copy", "refer"] = "link"
     hash_everything: bool = False
     name: str | None = None

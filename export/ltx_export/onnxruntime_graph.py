@@ -5,7 +5,7 @@ all that int8 makes faster, so what is left between them must not be slow: atten
 node, which never has all its scores in memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,12 +124,16 @@ class _Attention:
     last: ir.Node
 
 
-def fuse_attention(model: ir.Model) -> int:
-    """One node for each attention in float32; the scale goes into it."""
+FLOAT32 = frozenset({ir.DataType.FLOAT})
+FLOATS = FLOAT32 | {ir.DataType.FLOAT16}
+
+
+def fuse_attention(model: ir.Model, types: Collection[ir.DataType] = FLOAT32) -> int:
+    """One node for each attention in one of these types; the scale goes into it."""
     edits = 0
     for softmax in [node for node in model.graph if node.op_type == "Softmax"]:
         found = _attention(softmax)
-        if found is None or found.last.outputs[0].dtype != ir.DataType.FLOAT:
+        if found is None or found.last.outputs[0].dtype not in types:
             continue
         write = Writer(model, softmax)
         mask = None if found.mask is None else _for_each_query(write, found)

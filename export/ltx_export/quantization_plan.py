@@ -11,10 +11,10 @@ import numpy as np
 from ltx_engines.errors import UserError
 from ltx_export import __version__, calibration, clipping, convert, derive, recipes
 from ltx_export.calibration import Calibration
-from ltx_export.codes import Vector
 from ltx_export.recipes import CLIPPED, Recipe, Rule
 from ltx_ref import quantization
 from ltx_ref.checkpoint import Header, TensorInfo
+from ltx_ref.codes import Vector
 from ltx_ref.ltx_video.config import TRANSFORMER_PREFIX
 from ltx_ref.quantization import (
     CALIBRATED,

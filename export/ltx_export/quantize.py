@@ -6,8 +6,8 @@ layer: nothing larger than some rows of one weight is in memory.
     write(plan, out)                  -> the file, atomically, and a line for each layer
     summary(plan, header)             -> what is quantized in the file, of what was to be
 
-How the layers lie in the file says `ltx_ref.quantization`, how codes are made `codes.py`. Every
-other tensor is copied byte by byte.
+How the layers lie in the file says `ltx_ref.quantization`, how codes are made `ltx_ref.codes`.
+Every other tensor is copied byte by byte.
 """
 
 import os
@@ -22,8 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ltx_engines.errors import UserError
-from ltx_export import clipping, codes, convert, derive, outputs
-from ltx_export.codes import Rows, Vector
+from ltx_export import clipping, derive, outputs
 from ltx_export.quantization_plan import (
     QuantizationPlan,
     fit,
@@ -34,8 +33,9 @@ from ltx_export.quantization_plan import (
     shared,
 )
 from ltx_export.recipes import KEEP
-from ltx_ref import quantization
+from ltx_ref import casts, codes, quantization
 from ltx_ref.checkpoint import Header, TensorInfo, read_header
+from ltx_ref.codes import Rows, Vector
 from ltx_ref.quantization import CALIBRATED
 
 __all__ = ["QuantizationPlan", "fit", "linear_layers", "plan", "summary", "write"]
@@ -105,8 +105,8 @@ def _copied(file: BinaryIO, made: BinaryIO, plan: QuantizationPlan) -> Iterator[
         count = prod(info.shape)
         made.seek(plan.target.tensors[name].begin)
         for begin in range(0, count, PIECE):
-            piece = convert.read(file, info, begin, min(begin + PIECE, count))
-            if info.dtype in convert.NUMPY and not np.isfinite(piece).all():
+            piece = casts.read(file, info, begin, min(begin + PIECE, count))
+            if info.dtype in casts.NUMPY and not np.isfinite(piece).all():
                 raise UserError(
                     f"{plan.source.path}: {name} has NaN or infinity; download it again"
                 )
@@ -189,7 +189,7 @@ def _rows(file: BinaryIO, header: Header, name: str) -> Iterator[tuple[int, Rows
     step = max(1, PIECE // columns)
     for begin in range(0, count, step):
         end = min(begin + step, count)
-        numbers = convert.read(file, info, begin * columns, end * columns)
+        numbers = casts.read(file, info, begin * columns, end * columns)
         rows = numbers.astype(np.float32).reshape(-1, columns)
         if not np.isfinite(rows).all():
             bad = begin + int(np.argmax(~np.isfinite(rows).all(axis=1)))

@@ -14,11 +14,11 @@ from ltx_engines.bundle import Precision, StgMode
 from ltx_engines.errors import UserError
 from ltx_export import convert, derive, foreign
 from ltx_export.graphs import Graphs, Model
-from ltx_export.lora import Adapter
 from ltx_export.weight_cache import Derivation
 from ltx_export.weights import PLAIN, Weight, weights_of
 from ltx_ref import quantization, text
 from ltx_ref.checkpoint import Header, difference, read_header
+from ltx_ref.lora import Adapter
 from ltx_ref.ltx_video.config import (
     TRANSFORMER_PREFIX,
     UNUSED,

@@ -27,10 +27,13 @@ KERNEL_BYTES = 40_000
 """An engine is its weights and this much code for each kernel (2B: 54 MB of 3,901)."""
 BUILD_BASE = 220_000_000
 """Bytes of a builder's process without a model."""
-BUILD_FACTOR: Mapping[str, float] = MappingProxyType({"float": 1.53, "conv": 2.06, "small": 1.04})
-"""Bytes that a build with a stream writer allocates for one byte of weights, beside the mapped
-file: 2B transformer; VAE decoder and encoder; 128 fp8 layers (2.35 GB for 2.05). Without the stream
-writer it is 2.05 to 2.3 for all."""
+BUILD_FACTOR: Mapping[str, float] = MappingProxyType({"float": 1.31, "conv": 1.89, "small": 1.35})
+"""Bytes that a build allocates for one byte of weights, beside the mapped file and BUILD_BASE: 2B
+transformer and VAE decoder (benchmarks/engines.py), 2B and 16 blocks of 13B in fp8 (1.31 and 1.28
+for SM89, 1.08 for SM120; benchmarks/split.py). All weights are copied once, and a second time those
+that are merged: q, k and v of a layer, k and v of all layers that read the prompt. That is with a
+stream writer and with what is freed given back at once (build.py); without the first it is 2.05 to
+2.3, without the second 1.53 for the transformer and 2.06 for the decoder."""
 EXPORT_BASE = 160_000_000
 """Bytes of a process that exports graphs and copies no weights (13B with T5-XXL: 155 MB)."""
 CONVERSION = 16_000_000

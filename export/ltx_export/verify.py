@@ -3,6 +3,8 @@
     original   -- float32 --+-- bfloat16
                             |
     checkpoint -- quantized +-- onnx, exported in a temporary folder if no bundle is given
+                            |
+                            +-- engine, if the bundle has one for the GPU at hand
 
 One rung is in memory at a time. The first one beyond its bound is taken apart, by `bisection.py` or
 `graph_following.py`.
@@ -10,7 +12,7 @@ One rung is in memory at a time. The first one beyond its bound is taken apart, 
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,126 +22,23 @@ import torch
 
 from ltx_engines.bundle import Precision, open_bundle
 from ltx_engines.errors import UserError
-from ltx_engines.shapes import VideoShape
-from ltx_export import (
-    calibration,
-    convert,
-    denoising,
-    devices,
-    ladder,
-    onnx_bundle,
-    pipeline_defaults,
-    quantized_graph,
-)
+from ltx_export import convert, denoising, engine_rung, ladder, onnx_bundle, quantized_graph
 from ltx_export.bisection import Mixture, Parts, swapped
-from ltx_export.denoising import Inputs, OnDevice, Walk, Weights
+from ltx_export.denoising import Inputs, OnDevice, Walk
 from ltx_export.graph_following import Follower, Part, linear_layers
-from ltx_export.ladder import Bounds, Culprit, Output, Outputs, Pair, Report, Row, Rung, Skipped
+from ltx_export.ladder import YARDSTICK, Culprit, Output, Outputs, Pair, Report, Row, Rung, Skipped
 from ltx_export.onnx_transformer import Graph, OnnxTransformer
-from ltx_export.outputs import check as check_output
-from ltx_export.pipeline_defaults import Pipeline
-from ltx_ref import quantization, quantized
-from ltx_ref.checkpoint import Header, read_header
-from ltx_ref.ltx_video.config import ModelConfig, read_config
+from ltx_export.verify_order import Checked as Checked
+from ltx_export.verify_order import Order as Order
+from ltx_export.verify_order import check as check
+from ltx_ref import quantized
+from ltx_ref.checkpoint import Header
 from ltx_ref.ltx_video.model import skeleton
-from ltx_ref.ltx_video.pipeline import Request, levels
+from ltx_ref.ltx_video.pipeline import levels
 from ltx_ref.ltx_video.transformer import Transformer
 from ltx_ref.quantization import Layer
 from ltx_ref.quantized import QuantizedLinear
 from ltx_ref.tensor_file import TensorFile
-
-ENGINE = Skipped(
-    "engine",
-    "there is no TensorRT engine of this checkpoint; that takes a CUDA GPU and an engine builder, "
-    "which this version does not have",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What the user asked for. None is the model's own, or found by itself."""
-
-    checkpoint: Path
-    text_encoder: Path
-    prompt: str
-    shape: VideoShape
-    original: Path | None = None
-    steps: int | None = None
-    seed: int = 0
-    bundle: Path | None = None
-    bounds: tuple[str, ...] = ()
-    pipeline_config: Path | None = None
-    device: str = "cpu"
-    offload_blocks: bool = False
-    ignore_config_keys: tuple[str, ...] = ()
-    figures: Path | None = None
-    """Where the caller is going to write them; nothing is written here."""
-    overwrite: bool = False
-
-    def check_figures(self, inputs: Mapping[str, Path]) -> None:
-        """
-        Raises:
-            UserError: they cannot be written, or in the place of one of these.
-        """
-        if self.figures is not None:
-            check_output(self.figures, inputs, overwrite=self.overwrite, option="--json")
-
-
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """An order of which everything that a header says is known to be right."""
-
-    order: Order
-    header: Header
-    original: Header
-    layers: Mapping[str, Layer]
-    pipeline: Pipeline
-    request: Request
-    config: ModelConfig
-    bounds: Bounds
-
-    def weights(self, rung: Rung) -> Weights:
-        order = self.order
-        return Weights(
-            (self.header if rung == "quantized" else self.original).path,
-            torch.bfloat16 if rung == "bfloat16" else torch.float32,
-            order.device,
-            order.offload_blocks,
-            order.ignore_config_keys,
-        )
-
-    @property
-    def twin(self) -> Rung:
-        """What the graph should equal."""
-        return "quantized" if self.layers else ladder.YARDSTICK
-
-    def pair(self, rung: Rung, against: Rung, bounds_of: Rung | None = None) -> Pair:
-        """`bounds_of`: whose bounds count, if not those of the rung itself."""
-        name = bounds_of or rung
-        velocity, latents = self.bounds[f"{name}.velocity"], self.bounds[f"{name}.latents"]
-        return Pair(rung, against, {"velocity": velocity, "latents": latents})
-
-    def bound_to(self, graph: Graph) -> "Checked":
-        """With the bounds of this graph's element type."""
-        formats = {layer.format for layer in self.layers.values()}
-        precision = graph.bundle.manifest.precision
-        return replace(self, bounds=ladder.bounds(formats, self.order.bounds, precision))
-
-    def facts(self) -> dict[str, Any]:
-        order, counts = self.order, dict[str, int]()
-        for layer in self.layers.values():
-            counts[layer.format] = counts.get(layer.format, 0) + 1
-        return {
-            "checkpoint": str(self.header.path),
-            "original": str(self.original.path),
-            "formats": counts,
-            "bundle": None if order.bundle is None else str(order.bundle),
-            "prompt": order.prompt,
-            "shape": f"{order.shape.width}x{order.shape.height}x{order.shape.frames}",
-            "sigmas": [*levels(self.config, self.request)],
-            "seed": order.seed,
-            "device": order.device,
-        }
 
 
 def run(order: Order) -> Generator[str, None, Report]:
@@ -159,75 +58,11 @@ def run(order: Order) -> Generator[str, None, Report]:
         yield "encoding the prompt"
         climb = Climb(checked, _walk(checked))
         yield from climb.up(graph)
+        skipped += yield from climb.engine()
         culprit = None
         if (broken := ladder.first_broken(climb.rows)) is not None:
             culprit = yield from climb.culprit(broken)
-    return Report(checked.facts(), tuple(climb.rows), (*skipped, ENGINE), coverage, culprit)
-
-
-def check(order: Order) -> Checked:
-    """Everything that can be known to be wrong before a weight is read.
-
-    Raises:
-        UserError, CheckpointError: something is.
-    """
-    if not order.prompt.strip():
-        raise UserError("the prompt is empty; say what the clip shows: --prompt TEXT")
-    devices.choose(order.device)
-    header = read_header(order.checkpoint)
-    layers = quantization.layers(header)
-    original = _original(order, header) if layers else header
-    if not layers and order.original is not None:
-        raise UserError(f"{header.path} is not quantized, it has no original; leave out --original")
-    order.check_figures(_inputs(order, original))
-    config = read_config(header, order.ignore_config_keys)
-    pipeline = pipeline_defaults.read(order.pipeline_config, config, None)
-    request, config = denoising.request(pipeline, order.shape, order.steps, config)
-    formats = {layer.format for layer in layers.values()}
-    bounds = ladder.bounds(formats, order.bounds)
-    return Checked(order, header, original, layers, pipeline, request, config, bounds)
-
-
-def _inputs(order: Order, original: Header) -> dict[str, Path]:
-    """All that is read, but for the files that a bundle names elsewhere."""
-    found = {
-        "the checkpoint": order.checkpoint,
-        "the original": original.path,
-        "the text encoder": order.text_encoder,
-        "the bundle": order.bundle,
-        "the pipeline's configuration": order.pipeline_config,
-    }
-    return {what: path for what, path in found.items() if path is not None}
-
-
-def _original(order: Order, header: Header) -> Header:
-    """What the quantized file was made from: as it is told, or beside it.
-
-    Raises:
-        UserError: it is not there, or another one.
-    """
-    source = (quantization.provenance(header) or {}).get("source")
-    known: dict[str, Any] = source if isinstance(source, dict) else {}
-    if order.original is None and "name" not in known:
-        raise UserError(f"{header.path} does not say what it was made from; give --original FILE")
-    path = order.original or header.path.parent / str(known["name"])
-    if not path.is_file():
-        raise UserError(
-            f"{path} is not there, from which {header.path} was quantized; give --original FILE"
-        )
-    found = read_header(path)
-    if quantized_too := next(iter(quantization.layers(found)), None):
-        raise UserError(
-            f"{path} is quantized too ({quantized_too}); give the float checkpoint with --original"
-        )
-    here = calibration.identity(path)
-    for key in (here.keys() & known.keys()) - {"name"}:
-        if here[key] != known[key]:
-            raise UserError(
-                f"{header.path} was quantized from a {known.get('name')} of other {key} "
-                f"({known[key]}) than {path} ({here[key]}); give that file with --original"
-            )
-    return found
+    return Report(checked.facts(), tuple(climb.rows), skipped, coverage, culprit)
 
 
 Graphed = tuple[Graph | None, tuple[Skipped, ...], str | None]
@@ -318,7 +153,7 @@ class Climb:
         Raises:
             UserError: the yardstick is not finite.
         """
-        checked, yardstick = self.checked, ladder.YARDSTICK
+        checked, yardstick = self.checked, YARDSTICK
         yield yardstick
         self.outputs[yardstick], self.first = self._torch(yardstick)
         _check_finite(self.outputs[yardstick], checked.original)
@@ -336,6 +171,24 @@ class Climb:
             self._compare({"onnx": found}, checked.pair("onnx", checked.twin))
             if checked.layers:
                 self._compare({"onnx": found}, checked.pair("onnx", yardstick, "quantized"))
+
+    def engine(self) -> Generator[str, None, tuple[Skipped, ...]]:
+        """Beside ONNX Runtime's graph where there is one, else beside what that should equal."""
+        checked = self.checked
+        if self.first is None:
+            raise AssertionError("an engine is climbed before there is a yardstick")
+        order = checked.order
+        found = engine_rung.find(order.bundle, order.shape, self.first.tensors())
+        if isinstance(found, Skipped):
+            return (found,)
+        yield "engine"
+        with found.opened() as model:
+            outputs, _ = self.walk.outputs(model, torch.float32)
+        against: Rung = "onnx" if "onnx" in self.outputs else checked.twin
+        self._compare({"engine": outputs}, checked.pair("engine", against))
+        if checked.layers:
+            self._compare({"engine": outputs}, checked.pair("engine", YARDSTICK, "quantized"))
+        return ()
 
     @contextmanager
     def _followed(self, graph: Graph) -> Iterator[Follower]:
@@ -371,7 +224,7 @@ class Climb:
         """What takes the rung over its bound."""
         if broken.place is not None:
             return Culprit(broken.place, broken.distance)
-        if broken.rung == "onnx":
+        if broken.rung in {"onnx", "engine"}:
             return None
         return (yield from self._mixed(broken))
 
@@ -422,7 +275,7 @@ def worst_weight(checked: Checked) -> Row:
         # NaN is the worst of all.
         worst = max(found, key=lambda path: (np.isnan(found[path]), found[path]))
         values, wanted = _weights(checked.layers[worst], codes, floats)
-    pair = Pair("quantized", ladder.YARDSTICK, {"weights": checked.bounds["quantized.weights"]})
+    pair = Pair("quantized", YARDSTICK, {"weights": checked.bounds["quantized.weights"]})
     (row,) = ladder.compare(pair, {"weights": values}, {"weights": wanted})
     return replace(row, place=worst)
 

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from uuid import uuid4
 
 from platformdirs import user_cache_dir
 
+from ltx_engines import hashes
 from ltx_engines.errors import UserError
 from ltx_export import derive
 from ltx_export.derive import Progress
-from ltx_export.lora import Adapter
 from ltx_ref.checkpoint import CheckpointError, Header, read_header
+from ltx_ref.lora import Adapter
 
 FORMAT = 1
 """Of the arithmetic and the layout: with another number, nothing that was kept is found."""
@@ -105,16 +106,36 @@ def cached(wanted: Derivation) -> Generator[Progress, None, Entry]:
     if _key(wanted) != file.stem:
         file.unlink()
         raise UserError(f"{wanted.source.path} changed while it was read; start again")
-    stat = file.stat()
-    note = {
-        "sha256": sha256,
-        "bytes": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
-        "name": wanted.target.path.name,
-        "inputs": [str(path) for path in _inputs(wanted)],
-    }
-    _write_note(file.with_suffix(".json"), json.dumps(note, indent=2, sort_keys=True) + "\n")
+    _note(file, sha256, wanted.target.path.name, _inputs(wanted))
     return _entry(file)
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """A file that is made otherwise than by `derive`: `facts` are all that decides about its
+    contents beside its inputs, `write` makes it at a path where nothing is."""
+
+    name: str
+    inputs: tuple[Path, ...]
+    facts: str
+    write: Callable[[Path], Generator[str, None, None]]
+
+
+def place_other(wanted: Other, path: Path, cache: Path | None = None) -> Generator[str, None, None]:
+    """As `place`, for another way of making."""
+    if not _linkable(home(cache), path):
+        yield from wanted.write(path)
+        return
+    key = _digest([FORMAT, wanted.facts], wanted.inputs)
+    file = home(cache) / f"{key}.safetensors"
+    if not _is_noted(file):
+        file.unlink(missing_ok=True)
+        yield from wanted.write(file)
+        if _digest([FORMAT, wanted.facts], wanted.inputs) != key:
+            file.unlink()
+            raise UserError(f"{wanted.inputs[0]} changed while it was read; start again")
+        _note(file, hashes.sha256(file), wanted.name, wanted.inputs)
+    _link(file, path)
 
 
 def entries(cache: Path | None = None) -> tuple[Entry, ...]:
@@ -142,11 +163,37 @@ def _inputs(wanted: Derivation) -> list[Path]:
 
 def _key(wanted: Derivation) -> str:
     """The head of the new file knows the types, the strengths and the hashes of the LoRAs."""
-    facts: list[Any] = [FORMAT, hashlib.sha256(derive.head(wanted.target)).hexdigest()]
-    for path in _inputs(wanted):
+    head = hashlib.sha256(derive.head(wanted.target)).hexdigest()
+    return _digest([FORMAT, head], _inputs(wanted))
+
+
+def _digest(facts: list[Any], inputs: Iterable[Path]) -> str:
+    for path in inputs:
         stat = path.stat()
         facts.append([os.path.realpath(path), stat.st_size, stat.st_mtime_ns])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _note(file: Path, sha256: str, name: str, inputs: Iterable[Path]) -> None:
+    """The file is complete."""
+    stat = file.stat()
+    note = {
+        "sha256": sha256,
+        "bytes": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "name": name,
+        "inputs": [str(path) for path in inputs],
+    }
+    _write_note(file.with_suffix(".json"), json.dumps(note, indent=2, sort_keys=True) + "\n")
+
+
+def _is_noted(file: Path) -> bool:
+    """It was completed, and nobody has touched it since."""
+    try:
+        note, stat = json.loads(file.with_suffix(".json").read_bytes()), file.stat()
+        return bool((note["bytes"], note["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _intact(file: Path, wanted: Header) -> Entry | None:

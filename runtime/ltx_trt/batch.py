@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from ltx_engines import pipeline_config
-from ltx_engines.bundle import open_bundle
 from ltx_engines.errors import UserError
 from ltx_trt import media
+from ltx_trt.backend import Choice, Keep
 from ltx_trt.job import Clip, Report, Voice, make
+from ltx_trt.pipeline import plan
 from ltx_trt.request import Request, Wishes, resolve
+from ltx_trt.session.choice import open_stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,24 +25,26 @@ class Batch:
     folder: Path
     form: Literal["mp4", "gif", "png"] = "mp4"
     pipeline_config: Path | None = None
-    threads: int | None = None
+    choice: Choice = field(default_factory=lambda: Choice(keep=Keep.fitting))
 
 
 def execute(batch: Batch) -> Iterator[Report]:
     """All clips are checked before the first is begun. Those that are finished stay when a later
     one fails."""
     config = None if batch.pipeline_config is None else pipeline_config.load(batch.pipeline_config)
-    bundle = open_bundle(batch.bundle)
-    resolved = [resolve(wishes, bundle, config) for wishes in batch.wishes]
     voice = Voice()
-    with _filled(batch.folder):
-        clips = [
-            Clip(request, _check(batch, number, request))
-            for number, (request, _) in enumerate(resolved)
-        ]
-        voice.say(*(note for _, notes in resolved for note in notes))
-        for clip in clips:
-            yield make(clip, bundle, voice, threads=batch.threads)
+    with open_stages(batch.bundle, batch.choice) as stages:
+        resolved = [resolve(wishes, stages.bundle, config) for wishes in batch.wishes]
+        with _filled(batch.folder):
+            clips = [
+                Clip(request, _check(batch, number, request))
+                for number, (request, _) in enumerate(resolved)
+            ]
+            for clip in clips:
+                stages.prepare(plan(clip.request, stages.bundle.manifest))
+            voice.say(*(note for _, notes in resolved for note in notes))
+            for clip in clips:
+                yield make(clip, stages, voice)
 
 
 def _check(batch: Batch, number: int, request: Request) -> media.Output:

@@ -8,9 +8,12 @@ from typing import Annotated
 
 import typer
 
+from ltx_engines import byte_sizes
 from ltx_engines.command import invoke
 from ltx_engines.errors import UserError
+from ltx_ref.checkpoint import CheckpointError
 from ltx_trt import SEED
+from ltx_trt.backend import Backend, Choice, Keep, Providers
 
 SHIPPED = Path(__file__).parent / "ltx_tiny"
 
@@ -47,6 +50,28 @@ Config = Annotated[Path | None, typer.Option(help="An original configs/ltxv-*.ya
 Strict = Annotated[bool, typer.Option("--strict-shape", help="Refuse sizes that need a crop.")]
 Sheet = Annotated[Path | None, typer.Option(help="Also an overview of the frames (.png).")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of one operator, on the CPU.")]
+RunOn = Annotated[
+    Backend, typer.Option(help="auto: the bundle's engines, ONNX Runtime if it has none.")
+]
+Provider = Annotated[
+    Providers | None,
+    typer.Option(
+        help="Of ONNX Runtime, which then runs all; else CUDA if it is there, or the CPU."
+    ),
+]
+
+Loras = Annotated[
+    list[str],
+    typer.Option(metavar="FILE[:STRENGTH]", help="Added to the weights; may be repeated."),
+]
+Uncaptured = Annotated[
+    bool,
+    typer.Option("--no-cuda-graphs", help="Send a step's kernels to the GPU one by one."),
+]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(metavar="8GiB", help="Of the GPU at most; what does not fit is streamed."),
+]
 
 
 class Form(StrEnum):
@@ -75,7 +100,15 @@ def run(  # noqa: PLR0913 - options of a command
     pipeline_config: Config = None,
     strict_shape: Strict = False,
     contact_sheet: Sheet = None,
+    backend: RunOn = Backend.auto,
+    provider: Provider = None,
+    device_memory: DeviceMemory = None,
+    keep_loaded: Annotated[
+        bool, typer.Option("--keep-loaded", help="All stages stay on the GPU to the end.")
+    ] = False,
+    no_cuda_graphs: Uncaptured = False,
     threads: Threads = None,
+    lora: Loras = [],  # noqa: B006 - typer copies it
     json: Json = False,
 ) -> None:
     """Make a clip from a prompt. What is not said is the pipeline config's or the bundle's."""
@@ -99,7 +132,10 @@ def run(  # noqa: PLR0913 - options of a command
         eta=eta,
         strict_shape=strict_shape,
     )
-    report = execute(Job(wishes, bundle, output, pipeline_config, contact_sheet, threads))
+    keep = Keep.always if keep_loaded else Keep.never
+    memory, on = _memory(device_memory), _backend(backend, provider)
+    choice = Choice(on, threads, keep, memory, tuple(lora), provider, not no_cuda_graphs)
+    report = execute(Job(wishes, bundle, output, pipeline_config, contact_sheet, choice))
     print(report.as_json() if json else report.as_text())
 
 
@@ -119,7 +155,12 @@ def batch(  # noqa: PLR0913 - options of a command
     height: Pixels = None,
     num_frames: Frames = None,
     pipeline_config: Config = None,
+    backend: RunOn = Backend.auto,
+    provider: Provider = None,
+    device_memory: DeviceMemory = None,
+    no_cuda_graphs: Uncaptured = False,
     threads: Threads = None,
+    lora: Loras = [],  # noqa: B006 - typer copies it
     json: Annotated[
         bool, typer.Option("--json", help="One line of JSON on stdout for each clip.")
     ] = False,
@@ -141,7 +182,10 @@ def batch(  # noqa: PLR0913 - options of a command
         )
         for number, prompt in enumerate(read(prompts))
     )
-    for report in execute(Batch(wishes, bundle, output, form.value, pipeline_config, threads)):
+    memory, on = _memory(device_memory), _backend(backend, provider)
+    kept, graphs = Keep.fitting, not no_cuda_graphs
+    choice = Choice(on, threads, kept, memory, tuple(lora), provider, graphs)
+    for report in execute(Batch(wishes, bundle, output, form.value, pipeline_config, choice)):
         print(report.as_json() if json else report.as_text(), flush=True)
 
 
@@ -164,6 +208,20 @@ def info(
     show(found, Console(soft_wrap=True))
 
 
+def _backend(wished: Backend, provider: Providers | None) -> Backend:
+    if provider is None:
+        return wished
+    if wished not in (Backend.auto, Backend.onnxruntime):
+        raise UserError(
+            f"--provider is of ONNX Runtime, --backend {wished.value} is not; leave one of them out"
+        )
+    return Backend.onnxruntime
+
+
+def _memory(wished: str | None) -> int | None:
+    return None if wished is None else byte_sizes.parse(wished, "--device-memory")
+
+
 def _check_shipped(bundle: Path) -> None:
     if bundle == SHIPPED and not SHIPPED.is_dir():
         raise UserError(
@@ -173,7 +231,7 @@ def _check_shipped(bundle: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
-    return invoke(app, "ltx-trt", arguments)
+    return invoke(app, "ltx-trt", arguments, mendable=(CheckpointError,))
 
 
 if __name__ == "__main__":

@@ -67,6 +67,11 @@ class StepGuidance:
         return (*first, "text", *last)
 
     @property
+    def rescales(self) -> bool:
+        """Whether the guided velocity gets back some of the text's deviation."""
+        return self._perturbs and self.rescaling_scale != 1
+
+    @property
     def _perturbs(self) -> bool:
         return self.stg_scale > 0
 
@@ -83,10 +88,10 @@ class StepGuidance:
         if self._perturbs:
             away = text - by_branch.get("perturbed", text)
             guided = guided + np.float32(self.stg_scale) * away
-            if self.rescaling_scale != 1:
-                factor = _deviation(text) / _deviation(guided)
-                share = self.rescaling_scale * factor + 1 - self.rescaling_scale
-                guided = guided * np.float32(share)
+        if self.rescales:
+            factor = _deviation(text) / _deviation(guided)
+            share = self.rescaling_scale * factor + 1 - self.rescaling_scale
+            guided = guided * np.float32(share)
         return guided[np.newaxis]
 
     def skip_layer_mask(self, num_layers: int) -> Floats:

@@ -2,8 +2,7 @@
 
 import json
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
@@ -19,9 +18,9 @@ from rich.progress import (
 )
 
 from ltx_engines import pipeline_config
-from ltx_engines.bundle import Bundle, open_bundle
 from ltx_engines.errors import UserError
 from ltx_trt import media
+from ltx_trt.backend import Choice
 from ltx_trt.pipeline import (
     Decoded,
     Event,
@@ -30,9 +29,11 @@ from ltx_trt.pipeline import (
     StageOpened,
     StepDone,
     generate,
+    plan,
 )
 from ltx_trt.request import Request, Wishes, resolve
-from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
+from ltx_trt.session.bundle_stages import Stages
+from ltx_trt.session.choice import open_stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Job:
     output: Path
     pipeline_config: Path | None = None
     contact_sheet: Path | None = None
-    threads: int | None = None
+    choice: Choice = field(default_factory=Choice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ class Voice:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`sha256` is of the frames' bytes, before any encoding."""
+    """`sha256` is of the frames' bytes, before any encoding. `device_memory` are the bytes of the
+    GPU that the run took at most; None without a GPU."""
 
     output: str
     seed: int
@@ -84,6 +86,7 @@ class Report:
     sigmas: tuple[float, ...]
     seconds: dict[str, float]
     sha256: str
+    device_memory: int | None = None
 
     def as_json(self) -> str:
         return json.dumps(asdict(self))
@@ -97,18 +100,19 @@ class Report:
 
 def execute(job: Job) -> Report:
     config = None if job.pipeline_config is None else pipeline_config.load(job.pipeline_config)
-    bundle = open_bundle(job.bundle)
-    request, notes = resolve(job.wishes, bundle, config)
-    output = _check_outputs(job, request)
-    voice = Voice()
-    voice.say(*notes)
-    return make(Clip(request, output, job.contact_sheet), bundle, voice, threads=job.threads)
+    with open_stages(job.bundle, job.choice) as stages:
+        request, notes = resolve(job.wishes, stages.bundle, config)
+        output = _check_outputs(job, request)
+        voice = Voice()
+        voice.say(*notes)
+        return make(Clip(request, output, job.contact_sheet), stages, voice)
 
 
-def make(clip: Clip, bundle: Bundle, voice: Voice, *, threads: int | None = None) -> Report:
+def make(clip: Clip, stages: Stages, voice: Voice) -> Report:
     request = clip.request
-    events = _follow(request, bundle, threads, voice)
-    planned = next(event for event in events if isinstance(event, Planned))
+    planned = plan(request, stages.bundle.manifest)
+    voice.say(*planned.notes, *stages.prepare(planned))
+    events = _follow(request, stages, voice)
     frames = next(event for event in events if isinstance(event, Decoded)).frames
     seconds = _seconds(events)
     started = perf_counter()
@@ -128,6 +132,7 @@ def make(clip: Clip, bundle: Bundle, voice: Voice, *, threads: int | None = None
         sigmas=planned.sigmas,
         seconds={name: round(value, 4) for name, value in seconds.items()},
         sha256=sha256(frames.tobytes()).hexdigest(),
+        device_memory=None if stages.watch is None else stages.watch.peak,
     )
 
 
@@ -143,7 +148,7 @@ def _check_outputs(job: Job, request: Request) -> media.Output:
     return media.check(job.output, **size)
 
 
-def _follow(request: Request, bundle: Bundle, threads: int | None, voice: Voice) -> list[Event]:
+def _follow(request: Request, stages: Stages, voice: Voice) -> list[Event]:
     """All events, shown while they come."""
     columns = (
         TextColumn("{task.description}"),
@@ -152,18 +157,19 @@ def _follow(request: Request, bundle: Bundle, threads: int | None, voice: Voice)
         TimeRemainingColumn(),
     )
     heard: list[Event] = []
-    opener = partial(OnnxRuntimeSession.open, bundle, threads=threads)
     with (
         Progress(
             *columns, console=voice.console, transient=True, disable=not voice.console.is_terminal
         ) as progress,
-        closing(generate(request, bundle, opener)) as events,
+        closing(generate(request, stages.bundle, stages)) as events,
     ):
         task = progress.add_task("text_encoder", total=None)
         for event in events:
             heard.append(event)
+            if stages.watch is not None:
+                stages.watch.look()
             _show(progress, task, event)
-            if isinstance(event, Planned | PromptEncoded):
+            if isinstance(event, PromptEncoded):
                 voice.say(*event.notes)
     return heard
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from ltx_engines.bundle import Bundle, StageEntry, TensorEntry
+from ltx_engines.bundle import Bundle, EngineEntry, StageEntry, TensorEntry
+from ltx_engines.cache_key import Profile, Range, targets
 
 MIB = 2**20
 
@@ -18,6 +19,8 @@ def show(bundle: Bundle, console: Console) -> None:
         highlight=False,
     )
     console.print(_stages(bundle))
+    if manifest.engines:
+        console.print(_engines(bundle))
     console.print(_pairs("files", _files(bundle)))
     for title, rows in (
         ("model", manifest.model),
@@ -47,6 +50,47 @@ def _quantization(stage: StageEntry) -> Iterator[str]:
     if (entry := stage.quantization) is not None:
         counts = ", ".join(f"{count} layers {form}" for form, count in entry.layers.items())
         yield f"  {counts} (recipe {entry.recipe})" if entry.recipe else f"  {counts}"
+
+
+def _engines(bundle: Bundle) -> Table:
+    table = Table(title="engines", title_justify="left")
+    for column in ("stage", "for", "by", "profiles", "kernels", "size"):
+        table.add_column(column, overflow="fold")
+    for engine in bundle.manifest.engines:
+        key = engine.key
+        table.add_row(
+            "\n".join(_engine(engine)),
+            targets(key.targets),
+            f"{key.flavour} {key.version}",
+            "\n".join(map(_profile, key.profiles)),
+            "\n".join(f"{number} {what}" for what, number in engine.counts.items()),
+            _mib(bundle.manifest.files[engine.file].bytes),
+        )
+    return table
+
+
+def _engine(engine: EngineEntry) -> Iterator[str]:
+    key = engine.key
+    yield key.stage
+    if key.part is not None:
+        part = key.part
+        yield f"  part {part.index + 1} of {part.of}, blocks {part.first} to {part.end - 1}"
+    if key.recipe is not None:
+        yield f"  {key.recipe}"
+    if engine.refittable:
+        yield "  takes LoRAs"
+    if engine.weights == "inputs":
+        yield "  takes weights as inputs"
+
+
+def _profile(profile: Profile) -> str:
+    """A line for each clip."""
+    return ", ".join(f"{axis} {_said(sizes)}" for axis, sizes in profile.items())
+
+
+def _said(sizes: Range) -> str:
+    low, likely, high = sizes
+    return str(low) if low == high else f"{low} to {high} (for {likely})"
 
 
 def _tensors(tensors: tuple[TensorEntry, ...]) -> str:

@@ -76,6 +76,15 @@ class Decoded:
 Event = Planned | StageOpened | PromptEncoded | StepDone | Decoded
 
 
+def plan(request: Request, manifest: Manifest) -> Planned:
+    """What `generate` says first; nothing of the model is read.
+
+    Raises:
+        UserError: it is not for this model.
+    """
+    return _Run.plan(request, manifest).planned()
+
+
 def generate(
     request: Request, bundle: Bundle, open_session: OpenSession
 ) -> Generator[Event, None, None]:

@@ -5,7 +5,8 @@ import pytest
 pytest.importorskip("tensorrt_rtx", reason="the builder is an extra")
 
 import quantized_engines
-from engine_layers import Built, attentions, layers, quantized, scores
+from engine_layers import Built, attentions, quantized, scores
+from ltx_export.layer_table import layers
 
 TAIL = "Strides: [1], StrideOrder: [0]"
 

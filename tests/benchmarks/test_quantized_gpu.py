@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-import gpu_check
+import gpu_kernels
 import quantized_gpu
 import quantized_gpu_once as once
 from ltx_engines.shapes import VideoShape
@@ -88,7 +88,7 @@ def test_the_check_expects_what_the_layers_choose(
     form: Format, capability: tuple[int, int]
 ) -> None:
     chosen, _ = choose(form, torch.bfloat16, (2048, 2048), capability)
-    assert gpu_check.expected(form, capability) == chosen
+    assert gpu_kernels.expected(form, capability) == chosen
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from ltx_engines.cache_key import EngineKey, difference
+from ltx_engines.cache_key import EngineKey, Part, difference
 from ltx_engines.file_entry import FileEntry
 
 ONE, OTHER = "1" * 64, "2" * 64
@@ -19,6 +19,7 @@ KEY = EngineKey(
     version="1.7.1.116",
     targets=(86, 89),
     options={"optimization level": 3},
+    part=Part(index=0, of=2, first=0, end=14),
 )
 CHANGES: dict[str, dict[str, object]] = {
     "the weights in ltx.safetensors changed": {
@@ -41,6 +42,11 @@ CHANGES: dict[str, dict[str, object]] = {
     "workspace was the builder's, now it is 64": {
         "options": {"optimization level": 3, "workspace": 64}
     },
+    "it was split in 2, now in 3": {"part": Part(index=0, of=3, first=0, end=9)},
+    "it was split in 2, now it is whole": {"part": None},
+    "it had blocks 0 to 13, now it has blocks 0 to 11": {
+        "part": Part(index=0, of=2, first=0, end=12)
+    },
 }
 
 
@@ -51,6 +57,11 @@ def test_an_engine_of_the_same_key_is_up_to_date() -> None:
 @pytest.mark.parametrize(("reason", "change"), CHANGES.items())
 def test_each_change_is_named_and_nothing_else(reason: str, change: dict[str, object]) -> None:
     assert difference(KEY, KEY.model_copy(update=change)) == [reason]
+
+
+def test_an_engine_of_the_whole_stage_is_not_one_of_a_part() -> None:
+    whole = KEY.model_copy(update={"part": None})
+    assert difference(whole, KEY) == ["it was whole, now it is split in 2"]
 
 
 def test_no_part_of_the_key_is_forgotten() -> None:

@@ -4,6 +4,8 @@ from itertools import product
 import pytest
 
 from ltx_engines.stages import (
+    BRANCHES,
+    COEFFICIENTS,
     FLOAT,
     OPTIONAL,
     STAGES,
@@ -13,6 +15,7 @@ from ltx_engines.stages import (
     Upsampling,
     check_feeds,
     ltx_video,
+    sampler_step,
 )
 
 SIZES = Sizes(
@@ -158,6 +161,17 @@ def test_an_upsampler_renames_the_axes_that_it_doubles_and_no_other(
 def test_an_upsampler_that_doubles_nothing_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="doubles nothing"):
         Upsampling(spatial=False, temporal=False)
+
+
+def test_a_sampler_step_takes_velocities_and_gives_a_batch_of_every_branch() -> None:
+    velocity, step = TABLES["transformer"].outputs[0], sampler_step(12)
+    branches = step.inputs[1 : 1 + len(BRANCHES)]
+    assert [tensor.name for tensor in branches] == list(BRANCHES)
+    assert {(t.dtype, t.axes[1:]) for t in branches} == {(velocity.dtype, velocity.axes[1:])}
+    latents, batch = TABLES["transformer"].inputs[0], step.outputs[-1]
+    assert (batch.dtype, batch.axes) == (latents.dtype, (len(BRANCHES), *latents.axes[1:]))
+    assert step.inputs[-1].axes == (len(COEFFICIENTS),)
+    assert step.name not in {*STAGES, *OPTIONAL}, "no model has weights for it"
 
 
 def test_a_decoders_noise_has_its_own_size_at_each_level() -> None:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ltx_export import codes
+from ltx_ref import codes
 from ltx_ref.checkpoint import read_header
 from ltx_ref.quantization import CALIBRATED, Format
 

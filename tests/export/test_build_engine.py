@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,13 +19,23 @@ pytest.importorskip("tensorrt_rtx", reason="the builder is an extra")
 import torch
 
 from ltx_engines import bundle
-from ltx_engines.bundle import Bundle, open_bundle
+from ltx_engines.bundle import EngineEntry, open_bundle
 from ltx_engines.errors import UserError
-from ltx_export import build_process, cli, engine_bundle, layer_table
-from ltx_export.build import Job
+from ltx_export import (
+    build,
+    build_process,
+    cli,
+    engine_bundle,
+    host,
+    known_bad,
+    layer_table,
+)
+from ltx_export.build_job import Job
+from ltx_export.engine_order import Order
 from ltx_ref.quantization import Format
 from tests.export import quantized_files
 
+SHIPPED = Path(__file__).parents[2] / "runtime/ltx_trt/ltx_tiny"
 SHAPE = ("--shape", "64x64x9")
 USUAL = ("--gpu", "sm89", *SHAPE, "--branches", "1")
 NAME = "tiny.safetensors"
@@ -46,11 +58,17 @@ def built(source: Path, *options: str) -> int:
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with an engine; tests take `copy`."""
+    """A bundle with an engine, which is kept in `cache` beside it; tests take `copy`."""
     folder = tmp_path_factory.mktemp("engines")
     out = exported(checkpoint(folder), folder / "bundle")
-    assert built(out) == 0
+    assert built(out, "--cache", str(folder / "cache")) == 0
     return out
+
+
+def of_transformer(folder: Path) -> list[EngineEntry]:
+    """Without the sampler's step, which goes with it."""
+    engines = open_bundle(folder).manifest.engines
+    return [engine for engine in engines if engine.key.stage == "transformer"]
 
 
 @pytest.fixture
@@ -68,7 +86,7 @@ def nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_engine_is_in_the_manifest_with_all_that_it_was_made_of(engines: Path) -> None:
     opened = open_bundle(engines)
-    (engine,) = opened.manifest.engines
+    (engine,) = of_transformer(engines)
     assert engine.key.targets == (89,)
     assert engine.key.recipe == "without a name (10 fp8)"
     assert engine.key.graph == opened.manifest.files["transformer.onnx"].sha256
@@ -98,42 +116,65 @@ def test_nothing_heavy_is_loaded_to_see_that_all_is_up_to_date(copy: Path) -> No
     assert done.stdout == f"{copy}: up to date (transformer)\n\n", done.stderr
 
 
+def order(**changes: Any) -> Order:
+    usual: dict[str, Any] = {"gpus": ("sm89",), "shapes": ("64x64x9",), "branches": 1}
+    return Order(**usual | {"stages": ("transformer",)} | changes)
+
+
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("changes", "reason"),
     [
-        (("--gpu", "sm120"), "it is not for SM120, only for SM89"),
-        (("--shape", "96x64x9"), "it has 1 profiles, now there are 2"),
-        (("--branches", "2"), "profile 0 has batch 1, now it is 1 to 2 for 2"),
-        (("--optimization-level", "2"), "optimization level was the builder's, now it is 2"),
+        ({"gpus": ("sm89", "sm120")}, "it is not for SM120, only for SM89"),
+        ({"shapes": ("64x64x9", "96x64x9")}, "it has 1 profiles, now there are 2"),
+        ({"branches": 2}, "profile 0 has batch 1, now it is 1 to 2 for 2"),
+        ({"optimization_level": 2}, "optimization level was the builder's, now it is 2"),
+        ({"weight_streaming": True}, "weight streaming was the builder's, now it is 1"),
     ],
 )
-def test_what_changed_is_said_and_built(
-    copy: Path, options: tuple[str, ...], reason: str, capsys: pytest.CaptureFixture[str]
+def test_what_changed_is_said(copy: Path, changes: dict[str, Any], reason: str) -> None:
+    work = engine_bundle.check(copy, order(**changes)).work
+    assert work[0].sentence() == f"transformer: {reason}"
+    assert not engine_bundle.check(copy, order()).work
+
+
+def test_another_version_of_the_builder_is_said(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert built(copy, *options) == 0
-    assert f"transformer: {reason}\n" in capsys.readouterr().out
+    before = build.version("tensorrt-rtx")
+    monkeypatch.setattr(build, "version", lambda _: "99.1")
+    work = engine_bundle.check(copy, order()).work
+    reason = f"it was built by tensorrt-rtx {before}, now by 99.1"
+    assert work[0].sentence() == f"transformer: {reason}"
+
+
+def test_what_changed_is_built_and_takes_the_place_of_what_was(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert built(copy, "--branches", "2", "--weight-streaming") == 0
+    said = capsys.readouterr().out
+    assert "transformer: profile 0 has batch 1, now it is 1 to 2 for 2; weight streaming" in said
     after = open_bundle(copy).manifest.engines
-    assert len(after) == 1
     named = {name for engine in after for name in (engine.file, engine.layers)}
+    assert {e.key.stage for e in after} == {"transformer", "sampler_step"}
     assert {file.name for end in ("engine", "json") for file in copy.glob(f"*.{end}")} == {
         "manifest.json",
         *named,
     }
-    assert built(copy, *options) == 0
+    assert built(copy, "--branches", "2", "--weight-streaming") == 0
     assert "up to date" in capsys.readouterr().out
 
 
 def test_an_engine_for_more_gpus_takes_the_place_of_those_for_fewer(copy: Path) -> None:
     assert built(copy, "--gpu", "sm120") == 0
-    (engine,) = open_bundle(copy).manifest.engines
+    (engine,) = of_transformer(copy)
     assert engine.key.targets == (89, 120)
-    assert [file.name for file in copy.glob("*.engine")] == [engine.file]
+    assert [file.name for file in copy.glob("transformer*.engine")] == [engine.file]
 
 
 def test_an_engine_for_another_gpu_stands_beside_the_one_that_is_there(copy: Path) -> None:
     arguments = ["build-engine", str(copy), *SHAPE, "--branches", "1", "--gpu", "sm120"]
     assert cli.main(arguments) == 0
-    assert [e.key.targets for e in open_bundle(copy).manifest.engines] == [(89,), (120,)]
+    assert [engine.key.targets for engine in of_transformer(copy)] == [(89,), (120,)]
 
 
 def flip(file: Path) -> None:
@@ -173,7 +214,7 @@ def test_a_checkpoint_is_exported_on_the_way_and_again_when_it_changed(
     change(file)
     assert built(file, "--out", str(out)) == 0
     assert capsys.readouterr().out.startswith(reason)
-    assert len(open_bundle(out).manifest.engines) == 1
+    assert len(of_transformer(out)) == 1
     assert not list(tmp_path.glob(".*"))
 
 
@@ -182,8 +223,34 @@ def test_a_bundle_without_engines_can_be_left_as_it_is(tmp_path: Path, engines: 
     out = tmp_path / "out"
     assert built(graphs, "--out", str(out)) == 0
     assert not open_bundle(graphs).manifest.engines
-    assert len(open_bundle(out).manifest.engines) == 1
+    assert len(of_transformer(out)) == 1
     assert (out / NAME).samefile(graphs / NAME)
+
+
+def test_another_bundle_takes_the_engine_from_the_cache(
+    engines: Path, copy: Path, nothing_is_built: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = open_bundle(copy).manifest
+    files = {name: file for name, file in before.files.items() if ".sm89." not in name}
+    bundle.update(copy, before.model_copy(update={"files": files, "engines": ()}))
+    assert built(copy, "--cache", str(engines.parent / "cache")) == 0
+    assert "there is no engine yet" in capsys.readouterr().out
+    assert open_bundle(copy).manifest.engines == before.engines
+    for engine in before.engines:
+        assert (copy / engine.file).samefile(engines / engine.file)
+
+
+def test_the_vae_is_built_for_a_tile_in_the_place_of_clips(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["build-engine", str(SHIPPED / "vae_decoder.onnx"), "--out", str(tmp_path / "out")]
+    options = ["--gpu", "sm89", "--shape", "1216x704x121", "--vae-tile", "64x96x9"]
+    assert cli.main([*arguments, *options]) == 0
+    (engine,) = open_bundle(tmp_path / "out").manifest.engines
+    (profile,) = engine.key.profiles
+    assert engine.key.stage == "vae_decoder"
+    sides = [profile[f"latent_{side}"] for side in ("frames", "height", "width")]
+    assert sides == [(2, 2, 2), (3, 3, 3), (2, 2, 2)]
 
 
 def test_weights_may_lie_anywhere(tmp_path: Path) -> None:
@@ -194,7 +261,7 @@ def test_weights_may_lie_anywhere(tmp_path: Path) -> None:
     out = exported(tmp_path / "hub" / NAME, tmp_path / "bundle", "--weights", "refer")
     assert not (out / far.name).exists()
     assert built(out) == 0
-    assert open_bundle(out).manifest.engines[0].counts["products in FP8"] == 10
+    assert of_transformer(out)[0].counts["products in FP8"] == 10
 
 
 @pytest.mark.parametrize(
@@ -204,6 +271,12 @@ def test_weights_may_lie_anywhere(tmp_path: Path) -> None:
         (("--gpu", "h200", "--backend", "tensorrt-rtx"), "does not build for H200 (SM90)"),
         (("--gpu", "rtx9999"), "unknown GPU 'rtx9999'"),
         (("--shape", "64x64x10"), "frames must be 8k + 1"),
+        (("--vae-tile", "65x64x9"), "width must be a multiple of 32"),
+        (("--vae-tile", "64x64x9"), "--vae-tile is for the VAE, which is not among the stages"),
+        (
+            ("--precision", "int8"),
+            "transformer in {0} is quantized already: without a name (10 fp8",
+        ),
         (("--backend", "tensorrt"), "tensorrt is not installed, which builds for tensorrt; pip"),
         (("--stages", "vae_decoder"), "has no stage 'vae_decoder'"),
     ],
@@ -216,7 +289,32 @@ def test_what_cannot_be_built_is_refused_before_anything_is(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert built(copy, *options) == 2
-    assert said in capsys.readouterr().err
+    assert said.format(copy) in capsys.readouterr().err
+
+
+def test_a_machine_that_is_too_small_is_refused_unless_that_is_to_be_ignored(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(host, "free_memory", lambda: 1000)
+    monkeypatch.setattr(build_process, "run", refuse)
+    assert built(copy, "--gpu", "sm120") == 2
+    assert "bytes of memory to build, 1,000 are free" in capsys.readouterr().err
+    assert built(copy, "--gpu", "sm120", "--ignore-limits") == 2
+    assert "the builder was asked" in capsys.readouterr().err
+
+
+def refuse(*_: object) -> None:
+    raise UserError("the builder was asked")
+
+
+def test_a_builder_that_is_known_to_be_bad_is_named_before_it_builds(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fault = known_bad.Fault(("tensorrt-rtx", build.version("tensorrt-rtx")), "makes bad ones")
+    monkeypatch.setattr(known_bad, "FAULTS", (fault,))
+    monkeypatch.setattr(build_process, "run", refuse)
+    assert built(copy, "--gpu", "sm120") == 2
+    assert "transformer for SM89, SM120: tensorrt-rtx" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -292,19 +390,37 @@ def test_whoever_stops_between_two_files_leaves_a_bundle_that_opens(
     assert open_bundle(copy).manifest == before
     assert not list(copy.parent.glob(".*"))
     assert built(copy, "--branches", "2") == 0
-    assert len(list(copy.glob("*.engine"))) == 1
+    assert len(list(copy.glob("transformer*.engine"))) == 1
 
 
-@pytest.mark.parametrize("seconds", [0.4, 0.8, 1.2])
-def test_after_a_kill_the_next_run_completes(copy: Path, seconds: float) -> None:
-    command = [sys.executable, "-m", "ltx_export.cli", "build-engine", str(copy), *USUAL]
-    with subprocess.Popen([*command, "--gpu", "sm120"], stderr=subprocess.DEVNULL) as process:
+def killed(command: list[str], folder: Path, seconds: float) -> bool:
+    """So long after it began to build, SIGKILL; whether it was still building then."""
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not folder.exists():
+            time.sleep(0.005)
         time.sleep(seconds)
         process.send_signal(signal.SIGKILL)
-    assert isinstance(open_bundle(copy), Bundle)
+    return process.returncode == -signal.SIGKILL and folder.exists()
+
+
+def test_after_kills_at_any_moments_of_a_build_the_next_run_completes(copy: Path) -> None:
+    before = open_bundle(copy).manifest.engines
+    command = [sys.executable, "-m", "ltx_export.cli", "build-engine", str(copy), *USUAL]
+    folder = copy.with_name(f".{copy.name}{engine_bundle.BUILDING}")
+    seed = time.time_ns()
+    moments = [random.Random(seed + index).uniform(0, 0.8) for index in range(5)]
+    hits = []
+    for seconds in moments:
+        hits.append(killed([*command, "--gpu", "sm120"], folder, seconds))
+        engines = open_bundle(copy).manifest.engines  # every hash is as it was
+        assert {e.key.stage for e in engines} >= {e.key.stage for e in before}, (seed, moments)
+    assert any(hits), (seed, moments)
     assert built(copy, "--gpu", "sm120") == 0
-    assert len(open_bundle(copy).manifest.engines) == 1
-    assert not list(copy.parent.glob(f".*{engine_bundle.BUILDING}"))
+    engines = open_bundle(copy).manifest.engines
+    assert [e.key.targets for e in engines] == [(89, 120)] * len(before), (seed, moments)
+    files = {name for engine in engines for name in (engine.file, engine.layers)}
+    assert {file.name for file in copy.glob("*sm*")} == files
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1.0])
@@ -328,4 +444,4 @@ def test_a_stopped_command_takes_its_builder_along(copy: Path, seconds: float) -
         assert time.monotonic() < deadline, f"{builders} live on"
         time.sleep(0.01)
     assert not list(copy.parent.glob(".*"))
-    assert len(open_bundle(copy).manifest.engines) == 1
+    assert len(of_transformer(copy)) == 1

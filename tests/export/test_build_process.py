@@ -11,8 +11,9 @@ import pytest
 
 from ltx_engines.errors import UserError
 from ltx_engines.targets import Flavour
-from ltx_export import build, build_process
-from ltx_export.build import Built, Job
+from ltx_export import build, build_job, build_process, card
+from ltx_export.build_job import Built, Job
+from ltx_export.card import Card
 
 JOB = Job(
     graph=Path("transformer.onnx"),
@@ -25,6 +26,8 @@ JOB = Job(
     types={"latents": "bfloat16"},
     weights={"w.safetensors": "/far/w.safetensors"},
     workspace=64,
+    weight_bytes=8,
+    refittable=("a.weight",),
 )
 DONE = """{"built": {"bytes": 7, "sha256": "ab", "activations": 9}}"""
 
@@ -46,19 +49,25 @@ def finish(steps: Generator[str, None, Built]) -> tuple[list[str], Built]:
 
 
 def test_a_job_is_the_same_at_the_other_end() -> None:
-    back = build.from_json(JOB.to_json())
+    back = build_job.from_json(JOB.to_json())
     assert back.to_json() == JOB.to_json()
     assert (back.graph, back.targets, back.types) == (JOB.graph, JOB.targets, JOB.types)
+    assert back.refittable == JOB.refittable
 
 
 def test_progress_comes_before_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     code = f"""
+print(json.dumps({{"note": "workspace of 3 bytes"}}))
 print(json.dumps({{"phase": "Timing", "done": 1, "of": 2}}))
 print(json.dumps({{"phase": "Writing", "done": 0, "of": 0}}))
 print('''{DONE}''')
 """
     seen, built = finish(acting(code, monkeypatch))
-    assert seen == ["engine of it: Timing 1 of 2", "engine of it: Writing"]
+    assert seen == [
+        "engine of it, workspace of 3 bytes",
+        "engine of it: Timing 1 of 2",
+        "engine of it: Writing",
+    ]
     assert built == Built(7, "ab", 9)
 
 
@@ -128,16 +137,42 @@ def test_the_version_is_known_without_loading_the_builder() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "said"), [(None, "there is none here"), (90, "is SM90, not for SM86, SM89")]
+    ("found", "said"),
+    [(None, "there is none here"), (Card("H100", 90, 1), "is SM90, not for SM86, SM89")],
 )
 def test_tensorrt_builds_only_for_the_gpu_at_hand(
-    found: int | None, said: str, monkeypatch: pytest.MonkeyPatch
+    found: Card | None, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "card", lambda: found)
+    monkeypatch.setattr(card, "at_hand", lambda: found)
     with pytest.raises(UserError, match=said):
         build._check_card((86, 89))
 
 
-def test_a_machine_without_a_driver_has_no_card() -> None:
-    if not Path("/dev/nvidia0").exists():
-        assert build.card() is None
+FREED = """
+import ctypes, re, threading, time
+from pathlib import Path
+from ltx_export import build
+
+build.TRIM_INTERVAL = 0.01
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+held = [libc.malloc(1000) for _ in range(40_000)]
+for piece in held:
+    ctypes.memset(ctypes.c_void_p(piece), 1, 1000)
+for piece in held[:-1]:  # the last one holds the end of the heap
+    libc.free(piece)
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+before = anonymous()
+threading.Thread(target=build.give_back, daemon=True).start()
+time.sleep(0.2)
+print(before - anonymous())
+"""
+
+
+def test_what_a_builder_has_freed_goes_back_to_the_system() -> None:
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 30_000, "kB"

@@ -2,19 +2,38 @@
 
 import hashlib
 import sys
-from dataclasses import dataclass, field
+import threading
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from ltx_engines import file_lock
 from ltx_engines.errors import UserError
 from ltx_engines.targets import Flavour
-from ltx_export import build, layer_table
-from ltx_export.build import BuildError, Job
+from ltx_export import build, card, layer_table, timing_cache
+from ltx_export.build_job import BuildError, Job
+from ltx_export.card import Card
 
 SHAPES = ((1, 8), (2, 8), (3, 8))
+HOPPER = Card("NVIDIA H100", 90, 1000)
+
+
+class Times:
+    """A timing cache that knows letters; the letters of another GPU are capital."""
+
+    def __init__(self, known: bytes) -> None:
+        self.known = known
+
+    def serialize(self) -> bytes:
+        return self.known
+
+    def combine(self, other: "Times", ignored: bool) -> bool:
+        fits = not ignored and self.known == self.known.lower()
+        self.known = bytes(sorted({*self.known, *other.known})) if fits else self.known
+        return fits
 
 
 @dataclass
@@ -24,6 +43,22 @@ class Config:
     capabilities: dict[int, str] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)
     profiles: list[dict[str, Any]] = field(default_factory=list)
+    set: list[str] = field(default_factory=list)
+    times: Times | None = None
+    measured: bytes = b""
+
+    def set_flag(self, flag: str) -> None:
+        self.set.append(flag)
+
+    def create_timing_cache(self, known: bytes) -> Times:
+        return Times(known)
+
+    def set_timing_cache(self, times: Times, ignored: bool) -> bool:
+        self.times = times
+        return not ignored and times.known == times.known.lower()
+
+    def get_timing_cache(self) -> Times | None:
+        return self.times and Times(self.times.known + self.measured)
 
     def set_compute_capability(self, capability: str, index: int) -> None:
         self.capabilities[index] = capability
@@ -54,6 +89,7 @@ class Recorder:
     version: str = "11.0"
     config: Config = field(default_factory=Config)
     flags: list[int] = field(default_factory=list)
+    marked: list[str] = field(default_factory=list)
 
     def module(self) -> SimpleNamespace:
         base = type("Base", (), {"ERROR": 1})
@@ -69,6 +105,9 @@ class Recorder:
             ProfilingVerbosity=SimpleNamespace(DETAILED="detailed"),
             ComputeCapability=SimpleNamespace(SM86="SM86", SM89="SM89"),
             MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
+            BuilderFlag=SimpleNamespace(
+                REFIT="refit", REFIT_INDIVIDUAL="marked", WEIGHT_STREAMING="stream"
+            ),
             DataType=SimpleNamespace(BF16="bf16", HALF="f16", FLOAT="f32", INT64="i64"),
         )
 
@@ -87,7 +126,16 @@ class Recorder:
         def network(flags: int) -> SimpleNamespace:
             self.flags.append(flags)
             tensor = SimpleNamespace(name="latents", dtype=self.dtype)
-            return SimpleNamespace(num_inputs=1, num_outputs=0, get_input=lambda _: tensor)
+            return SimpleNamespace(
+                num_inputs=1,
+                num_outputs=0,
+                get_input=lambda _: tensor,
+                mark_weights_refittable=mark,
+            )
+
+        def mark(name: str) -> bool:
+            self.marked.append(name)
+            return name.endswith(".weight")
 
         return SimpleNamespace(
             create_network=network,
@@ -103,7 +151,7 @@ class Recorder:
         )
 
 
-def job(folder: Path, flavour: Flavour, targets: tuple[int, ...], **options: int) -> Job:
+def job(folder: Path, flavour: Flavour, targets: tuple[int, ...], **options: Any) -> Job:
     return Job(
         folder / "x.onnx",
         folder / "x.engine",
@@ -113,16 +161,21 @@ def job(folder: Path, flavour: Flavour, targets: tuple[int, ...], **options: int
         targets,
         ({"latents": SHAPES},),
         {"latents": "bfloat16"},
-        **options,  # type: ignore[arg-type]
+        **options,
     )
+
+
+@pytest.fixture(autouse=True)
+def a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def run(recorder: Recorder, order: Job, monkeypatch: pytest.MonkeyPatch) -> build.Built:
     monkeypatch.setitem(sys.modules, build.MODULES[order.flavour], recorder.module())
-    monkeypatch.setattr(build, "card", lambda: 90)
+    monkeypatch.setattr(card, "at_hand", lambda: HOPPER)
     told: list[dict[str, object]] = []
     built = build.build(order, told.append)
-    assert told == [
+    assert [message for message in told if "note" not in message] == [
         {"phase": "Building", "done": 0, "of": 2},
         {"phase": "Building", "done": 1, "of": 2},
     ]
@@ -154,13 +207,97 @@ def test_what_is_not_asked_for_is_left_to_the_builder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     silent, told = Recorder(), Recorder()
-    run(silent, job(tmp_path, "tensorrt", (90,)), monkeypatch)
+    run(silent, job(tmp_path, "tensorrt-rtx", (86,)), monkeypatch)
     options = {"optimization_level": 0, "workspace": 64}
-    run(told, job(tmp_path, "tensorrt", (90,), **options), monkeypatch)
+    run(told, job(tmp_path, "tensorrt-rtx", (86,), **options), monkeypatch)
     assert silent.config.limits == {}
+    assert silent.config.set == silent.marked == []
     assert not hasattr(silent.config, "builder_optimization_level")
     assert told.config.limits == {"workspace": 64}
     assert told.config.builder_optimization_level == 0  # type: ignore[attr-defined]
+
+
+def test_tensorrt_leaves_room_for_the_weights_and_for_others_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, wished, full = Recorder(), Recorder(), Recorder()
+    order = job(tmp_path, "tensorrt", (90,), weight_bytes=400)
+    told: list[dict[str, object]] = []
+    run(usual, order, monkeypatch)
+    monkeypatch.setitem(sys.modules, "tensorrt", Recorder().module())
+    build.build(order, told.append)
+    run(wished, replace(order, workspace=900), monkeypatch)
+    run(full, replace(order, weight_bytes=5000), monkeypatch)
+    assert usual.config.limits == {"workspace": 480}
+    assert "workspace of 480 bytes, of 1,000 that are free on NVIDIA H100" in str(told[0])
+    assert wished.config.limits == {"workspace": 900}
+    assert full.config.limits == {"workspace": 0}
+
+
+@pytest.mark.parametrize(
+    ("flavour", "target", "flag"), [("tensorrt", 90, "marked"), ("tensorrt-rtx", 86, "marked")]
+)
+def test_weights_are_marked_by_name_before_they_can_be_refitted(
+    flavour: Flavour, target: int, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+    order = job(tmp_path, flavour, (target,), refittable=("a.weight",), weight_streaming=True)
+    run(recorder, order, monkeypatch)
+    assert recorder.marked == ["a.weight"]
+    assert set(recorder.config.set) == {flag, "stream"}
+    with pytest.raises(BuildError, match=r"^a\.bias cannot be refitted: it is no weight"):
+        run(Recorder(), replace(order, refittable=("a.bias",)), monkeypatch)
+
+
+def test_what_tensorrt_measured_is_there_for_the_next_engine_on_that_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, rtx = (Recorder(config=Config(measured=b)) for b in (b"a", b"b", b"c"))
+    run(first, job(tmp_path, "tensorrt", (90,)), monkeypatch)
+    run(second, job(tmp_path, "tensorrt", (90,)), monkeypatch)
+    run(rtx, job(tmp_path, "tensorrt-rtx", (86,)), monkeypatch)
+    (file,) = (tmp_path / "cache/ltx-trt/timing").glob("*.cache")
+    assert file.name == "tensorrt-11.0-nvidia-h100.cache"
+    assert second.config.times is not None
+    assert second.config.times.known == b"a"
+    assert file.read_bytes() == b"ab"
+    assert rtx.config.times is None
+
+
+def test_two_builds_at_once_lose_nothing_of_what_they_measured(tmp_path: Path) -> None:
+    path = tmp_path / "timing" / "x.cache"
+    both = [Config(measured=letter) for letter in (b"a", b"b")]
+    for config in both:
+        timing_cache.use(config, path)
+    for config in both:
+        timing_cache.save(config, path)
+    assert path.read_bytes() == b"ab"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_whoever_saves_waits_for_whoever_saves(tmp_path: Path) -> None:
+    path, config = tmp_path / "x.cache", Config(measured=b"a")
+    timing_cache.use(config, path)
+    saver = threading.Thread(target=timing_cache.save, args=(config, path))
+    with file_lock.alone(tmp_path) as alone:
+        assert alone
+        saver.start()
+        saver.join(0.1)
+        assert saver.is_alive()
+        path.write_bytes(b"b")
+    saver.join(10)
+    assert path.read_bytes() == b"ab"
+
+
+def test_a_timing_cache_that_does_not_fit_is_left_out_and_made_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, config = tmp_path / "x.cache", Config(measured=b"a")
+    path.write_bytes(b"XYZ")
+    timing_cache.use(config, path)
+    timing_cache.save(config, path)
+    assert "is not a timing cache of this GPU" in caplog.text
+    assert path.read_bytes() == b"a"
 
 
 def test_the_engine_is_written_and_hashed_on_the_way_and_its_table_beside_it(

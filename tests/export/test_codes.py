@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ltx_export import clipping, codes
+from ltx_export import clipping
+from ltx_ref import codes
 from ltx_ref.quantization import CALIBRATED, FORMATS, INT4_BLOCK, NVFP4_BLOCK, Format
 
 N, K = 24, 256
@@ -256,3 +257,40 @@ def test_a_missing_modelopt_is_said_with_the_extra_that_has_it(
     monkeypatch.setattr(clipping, "find_spec", lambda _: None)
     with pytest.raises(Exception, match=r"needs torch, modelopt; pip install 'ltx-trt\[quantize\]"):
         clipping.best(weight(), "fp8")
+
+
+EVERY: dict[Format, codes.Rows] = {
+    "fp8": np.delete(np.arange(256), [127, 255]).astype(np.uint8).view(codes.E4M3),
+    "int8": np.arange(-127, 128).astype(np.int8),
+}
+
+
+def noise(shape: tuple[int, ...], seed: int = 0) -> Any:
+    return np.random.default_rng(seed).integers(0, 1 << 20, shape, np.uint32)
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+def test_what_is_a_code_already_stays_whatever_the_noise(form: Format) -> None:
+    exact = np.tile(EVERY[form].astype(np.float32), (50, 1))
+    for bits in (noise(exact.shape), np.full_like(exact, 0xFFFFF, np.uint32)):
+        assert np.array_equal(codes.dithered(exact, form, bits).astype(np.float32), exact)
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+def test_dithering_takes_one_of_the_two_codes_around_and_is_right_on_average(form: Format) -> None:
+    known = np.unique(EVERY[form].astype(np.float32))
+    inside = known[:-1] + np.linspace(0.03, 0.97, len(known) - 1, dtype=np.float32) * np.diff(known)
+    shares = np.tile(inside, (4000, 1))
+    found = codes.dithered(shares, form, noise(shares.shape)).astype(np.float32)
+    assert ((found == known[:-1]) | (found == known[1:])).all()
+    step = np.diff(known)
+    error = (found.astype(np.float64).mean(axis=0) - inside) / step
+    assert np.abs(error).max() < 5 * 0.5 / 4000**0.5
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+def test_dithering_does_not_leave_the_range(form: Format) -> None:
+    beyond = np.array([[1e4, -1e4, np.nextafter(np.float32(448), np.float32(500))]], np.float32)
+    largest = {"fp8": 448, "int8": 127}[form]
+    found = codes.dithered(beyond, form, noise(beyond.shape)).astype(np.float32)
+    assert (np.abs(found) == largest).all()

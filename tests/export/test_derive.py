@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from ltx_engines.bundle import Precision
 from ltx_engines.errors import UserError
-from ltx_export import cli, convert, derive, lora, weight_cache
+from ltx_export import cli, derive, lora_fit, weight_cache
 from ltx_export.derive import Progress
-from ltx_export.lora import Adapter, Wish
 from ltx_export.weight_cache import Cleared, Derivation, Entry
-from ltx_ref.checkpoint import Header, TensorInfo, read_header
+from ltx_ref import casts
+from ltx_ref.checkpoint import CheckpointError, Header, TensorInfo, read_header
+from ltx_ref.lora import Adapter, Wish
 from tests.export import loras
 from tests.export.generators import finish
 
@@ -57,7 +58,7 @@ def adapters(source: Header, path: Path, seed: int) -> tuple[Adapter, ...]:
     generator = torch.Generator().manual_seed(seed)
     down, up = (torch.randn(shape, generator=generator) for shape in ((2, 4), (6, 2)))
     loras.write(path, loras.tensors({loras.ATTENTION: (down, up)}))
-    return lora.read([Wish(path, 0.5)], source)
+    return lora_fit.read([Wish(path, 0.5)], source)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -96,7 +97,7 @@ def test_numbers_and_metadata_are_those_of_a_plain_cast(
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_number_of_the_new_file_is_aligned(source: Header, precision: Precision) -> None:
     for info in derive.planned(source, precision).tensors.values():
-        assert info.begin % convert.element(info.dtype).itemsize == 0
+        assert info.begin % casts.element(info.dtype).itemsize == 0
 
 
 def test_a_file_that_has_the_type_already_is_its_own_plan(tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ def test_a_number_too_large_for_float16_is_named_and_leaves_nothing(tmp_path: Pa
     save_file({"x.weight": torch.tensor([1.0, 1e6])}, tmp_path / "a.safetensors")
     source = read_header(tmp_path / "a.safetensors")
     target = derive.planned(source, "float16")
-    with pytest.raises(UserError, match=r"x\.weight reaches 1e\+06.*float32"):
+    with pytest.raises(CheckpointError, match=r"x\.weight reaches 1e\+06.*float32"):
         finish(derive.write(source, target, tmp_path / "b.safetensors"))
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
@@ -186,16 +187,16 @@ def test_a_number_too_large_for_float16_is_named_and_leaves_nothing(tmp_path: Pa
 def test_an_interrupt_while_writing_leaves_nothing(
     source: Header, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(numbers: convert.Numbers, dtype: str, what: str) -> convert.Numbers:
+    def interrupt(numbers: casts.Numbers, dtype: str, what: str) -> casts.Numbers:
         assert list(out.iterdir())
         if "steps" in what:
             raise KeyboardInterrupt
         return cast(numbers, dtype, what)
 
-    cast = convert.cast
+    cast = casts.cast
     out = tmp_path / "out"
     out.mkdir()
-    monkeypatch.setattr(convert, "cast", interrupt)
+    monkeypatch.setattr(casts, "cast", interrupt)
     target = derive.planned(source, "float32")
     with pytest.raises(KeyboardInterrupt):
         finish(derive.write(source, target, out / "a.safetensors"))
@@ -333,7 +334,7 @@ def test_each_thing_that_changes_the_numbers_makes_another_file(
     path, precision, chosen = adapter[0].path, "float32", adapter
     kept = None
     if change == "strength":
-        chosen = lora.read([Wish(path, 0.25)], source)
+        chosen = lora_fit.read([Wish(path, 0.25)], source)
     elif change == "precision":
         precision = "bfloat16"
     elif change == "LoRA":
@@ -384,7 +385,7 @@ def test_an_interrupt_leaves_no_entry(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "cast", interrupt)
+    monkeypatch.setattr(casts, "cast", interrupt)
     with pytest.raises(KeyboardInterrupt):
         place(wanted, tmp_path / "a.safetensors")
     assert weight_cache.entries(wanted.cache) == ()

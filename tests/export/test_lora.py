@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ltx_engines.errors import UserError
-from ltx_export import cli, derive, lora, lora_file, quantize, recipes
-from ltx_export.lora import Wish
+from ltx_export import cli, derive, lora_fit, quantize, recipes
+from ltx_ref import lora, lora_file
 from ltx_ref.checkpoint import CheckpointError, Header, read_header
+from ltx_ref.lora import Wish
 from ltx_ref.ltx_video import model
 from ltx_ref.ltx_video.config import TRANSFORMER_PREFIX as PREFIX
 from ltx_ref.ltx_video.transformer import Transformer
@@ -48,7 +49,7 @@ def factors(checkpoint: Header) -> Factors:
 
 
 def fuse(source: Header, folder: Path, *wishes: Wish) -> dict[str, Tensor]:
-    adapters = lora.read(wishes, source)
+    adapters = lora_fit.read(wishes, source)
     target = derive.planned(source, None, adapters)
     finish(derive.write(source, target, folder / "fused.safetensors", adapters))
     return load_file(folder / "fused.safetensors")
@@ -188,7 +189,7 @@ def test_strengths_of_one_file_add_up_exactly(
     again.symlink_to(path)
     once = fuse(checkpoint, tmp_path, Wish(path, 0.3 + 0.4))
     assert equal(fuse(checkpoint, tmp_path, Wish(path, 0.3), Wish(again, 0.4)), once)
-    (adapter,) = lora.read(lora.parse([f"{path}:0.1", f"{again}:0.2"]), checkpoint)
+    (adapter,) = lora_fit.read(lora.parse([f"{path}:0.1", f"{again}:0.2"]), checkpoint)
     assert adapter.strength == 0.3
 
 
@@ -197,7 +198,7 @@ def test_a_full_copy_was_written_for_a_lora_whose_strengths_cancel(
     checkpoint: Header, factors: Factors, tmp_path: Path, strengths: tuple[float, ...]
 ) -> None:
     path = loras.write(tmp_path / "a.safetensors", loras.tensors(factors))
-    with pytest.raises(UserError, match=r"a\.safetensors changes nothing: its strength is 0"):
+    with pytest.raises(CheckpointError, match=r"a\.safetensors changes nothing: its strength is 0"):
         fuse(checkpoint, tmp_path, *(Wish(path, strength) for strength in strengths))
     assert list(tmp_path.iterdir()) == [path]
 
@@ -209,7 +210,7 @@ def test_a_full_copy_was_written_for_a_lora_whose_alpha_is_0(
     path = loras.write(tmp_path / "a.safetensors", named)
     assert "changes nothing: strength times alpha is 0" in refused(checkpoint, path)
     named[f"diffusion_model.{ATTENTION}.alpha"] = torch.tensor(1.0)
-    (adapter,) = lora.read([Wish(loras.write(path, named))], checkpoint)
+    (adapter,) = lora_fit.read([Wish(loras.write(path, named))], checkpoint)
     assert adapter.patches[WEIGHT][0].scale == 1 / 3
 
 
@@ -247,7 +248,7 @@ def test_with_a_precision_the_sum_is_rounded_once_and_not_twice(
     source = read_header(
         write_checkpoint(tmp_path / "b.safetensors", config("0.9.5"), dtype=torch.bfloat16)
     )
-    adapters = lora.read([Wish(loras.write(tmp_path / "a", loras.tensors(factors)))], source)
+    adapters = lora_fit.read([Wish(loras.write(tmp_path / "a", loras.tensors(factors)))], source)
     target = derive.planned(source, "float32", adapters)
     finish(derive.write(source, target, tmp_path / "wide.safetensors", adapters))
     down, up = factors[ATTENTION]
@@ -278,7 +279,7 @@ def test_the_new_file_says_what_is_in_it(
     assert note["strength"] == 0.5
     assert len(note["sha256"]) == 64
     assert once.metadata["config"] == checkpoint.metadata["config"]
-    twice = derive.planned(once, None, lora.read([Wish(path, 0.25)], once))
+    twice = derive.planned(once, None, lora_fit.read([Wish(path, 0.25)], once))
     assert [n["strength"] for n in json.loads(twice.metadata["ltx_trt.lora"])] == [0.5, 0.25]
 
 
@@ -315,7 +316,7 @@ def test_alpha_in_pefts_own_file_counts_and_decides_about_the_cache(
 ) -> None:
     path = loras.write(tmp_path / "adapter_model.safetensors", loras.tensors(factors, "PEFT"))
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 12, "r": 3}')
-    (adapter,) = lora.read([Wish(path, 0.5)], checkpoint)
+    (adapter,) = lora_fit.read([Wish(path, 0.5)], checkpoint)
     (patch,) = adapter.patches[WEIGHT]
     assert patch.scale == 0.5 * 12 / 3
     assert adapter.inputs == (path, tmp_path / "adapter_config.json")
@@ -365,7 +366,7 @@ def test_a_strength_follows_the_last_colon(word: str, path: str, strength: float
 )
 def test_a_typo_in_the_strength_is_one_line_that_shows_how(word: str, hint: str) -> None:
     with pytest.raises(
-        UserError, match=rf"is not a finite number; write it as in .*{hint}"
+        CheckpointError, match=rf"is not a finite number; write it as in .*{hint}"
     ) as said:
         lora.parse([word])
     assert "\n" not in str(said.value)
@@ -375,13 +376,13 @@ def test_a_file_that_is_there_is_meant_whatever_its_name(tmp_path: Path) -> None
     odd = tmp_path / "style:0.5"
     odd.write_bytes(b"")
     assert lora.parse([str(odd), f"{odd}:2"]) == (Wish(odd, 1.0), Wish(odd, 2.0))
-    with pytest.raises(UserError, match="'x' is not a finite number"):
+    with pytest.raises(CheckpointError, match="'x' is not a finite number"):
         lora.parse([f"{odd}:x"])
 
 
 def refused(checkpoint: Header, path: Path) -> str:
     with pytest.raises((UserError, CheckpointError)) as said:
-        lora.read([Wish(path)], checkpoint)
+        lora_fit.read([Wish(path)], checkpoint)
     assert "\n" not in str(said.value)
     assert str(path) in str(said.value)
     return str(said.value)
@@ -572,7 +573,7 @@ def test_a_lora_is_fused_before_quantization_and_not_after(
     tensors[WEIGHT] = tensors[WEIGHT].to(torch.float8_e4m3fn)
     save_file(tensors, path)
     source = read_header(path)
-    adapters = lora.read([Wish(loras.write(tmp_path / "a", loras.tensors(factors)))], source)
+    adapters = lora_fit.read([Wish(loras.write(tmp_path / "a", loras.tensors(factors)))], source)
     with pytest.raises(UserError, match=r"to_q\.weight is F8_E4M3.*--precision bfloat16"):
         derive.planned(source, None, adapters)
     target = derive.planned(source, "bfloat16", adapters)
@@ -589,7 +590,7 @@ def test_a_lora_does_not_fit_a_weight_that_was_cast_to_8_bits(
     tensors = load_file(path)
     save_file(tensors | {WEIGHT: tensors[WEIGHT].to(torch.float8_e4m3fn)}, path)
     wish = Wish(loras.write(tmp_path / "a", loras.tensors(factors)))
-    *_, verdict = lora.lines(wish, read_header(path))
+    *_, verdict = lora_fit.lines(wish, read_header(path))
     assert "cannot be fused" in verdict
     assert "to_q.weight is F8_E4M3" in verdict
 
@@ -607,8 +608,8 @@ def test_a_quantized_checkpoint_takes_no_lora_and_says_what_to_do_instead(
         r"takes no LoRA: .* 20 to int8-wo; fuse it into the bfloat16 checkpoint with ltx-export"
     )
     with pytest.raises(UserError, match=advice):
-        lora.read([wish], read_header(out))
-    *_, verdict = lora.lines(wish, read_header(out))
+        lora_fit.read([wish], read_header(out))
+    *_, verdict = lora_fit.lines(wish, read_header(out))
     assert re.search(advice, verdict)
 
 
@@ -616,10 +617,10 @@ def test_scaled_weights_take_no_lora(factors: Factors, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "fp8.safetensors", config("0.9.5"))
     save_file(load_file(path) | {f"{WEIGHT}_scale": torch.ones(1)}, path)
     source = read_header(path)
-    adapters = lora.read([Wish(loras.write(tmp_path / "a", loras.tensors(factors)))], source)
+    adapters = lora_fit.read([Wish(loras.write(tmp_path / "a", loras.tensors(factors)))], source)
     with pytest.raises(UserError, match=r"takes no LoRA: quantized .*to_q\.weight_scale"):
         derive.planned(source, None, adapters)
-    *_, verdict = lora.lines(Wish(tmp_path / "a"), source)
+    *_, verdict = lora_fit.lines(Wish(tmp_path / "a"), source)
     assert "takes no LoRA: quantized" in verdict
 
 
@@ -629,7 +630,9 @@ def test_a_damaged_factor_stops_and_leaves_nothing(
     down, up = factors[ATTENTION]
     named = loras.tensors({ATTENTION: (down, torch.full_like(up, torch.nan))})
     path = loras.write(tmp_path / "a.safetensors", named)
-    with pytest.raises(UserError, match=r"a\.safetensors: what .*to_q\.lora_B\.weight adds is not"):
+    with pytest.raises(
+        CheckpointError, match=r"a\.safetensors: what .*to_q\.lora_B\.weight adds is not"
+    ):
         fuse(checkpoint, tmp_path, Wish(path))
     assert list(tmp_path.iterdir()) == [path]
 
@@ -639,7 +642,7 @@ def test_a_sum_too_large_for_the_type_is_named(factors: Factors, tmp_path: Path)
         write_checkpoint(tmp_path / "b.safetensors", config("0.9.5"), dtype=torch.float16)
     )
     path = loras.write(tmp_path / "a.safetensors", loras.tensors(factors))
-    with pytest.raises(UserError, match=r"with its LoRA reaches .*--precision float32"):
+    with pytest.raises(CheckpointError, match=r"with its LoRA reaches .*--precision float32"):
         fuse(source, tmp_path, Wish(path, 1e6))
 
 
@@ -648,7 +651,7 @@ def test_a_report_tells_what_the_file_is(
 ) -> None:
     named = loras.tensors(factors, "kohya", alpha=1.5)
     path = loras.write(tmp_path / "a.safetensors", named, {"ss_network_alpha": "1.5"})
-    text = "\n".join(lora.lines(Wish(path, 0.3), checkpoint))
+    text = "\n".join(lora_fit.lines(Wish(path, 0.3), checkpoint))
     assert "strength: 0.3\n" in text
     assert "21 tensors (F32)" in text
     assert "names: kohya" in text
@@ -664,10 +667,10 @@ def test_a_report_tells_what_the_file_is(
 def test_a_report_says_why_a_lora_does_not_fit(checkpoint: Header, tmp_path: Path) -> None:
     named = loras.tensors({ATTENTION: (torch.ones(3, 41), torch.ones(41, 3))})
     path = loras.write(tmp_path / "a.safetensors", named)
-    *_, verdict = lora.lines(Wish(path), checkpoint)
+    *_, verdict = lora_fit.lines(Wish(path), checkpoint)
     assert verdict.strip().startswith("cannot be fused: ")
     assert "width 41" in verdict
-    assert not any("fuse" in line or "fits" in line for line in lora.lines(Wish(path)))
+    assert not any("fuse" in line or "fits" in line for line in lora_fit.lines(Wish(path)))
 
 
 def test_a_list_with_a_misfit_exited_with_0(
@@ -704,7 +707,7 @@ def test_of_a_lora_only_what_the_kept_weights_get_is_fused(
     precision: Literal["bfloat16"] | None,
 ) -> None:
     path = loras.write(tmp_path / "a.safetensors", loras.tensors(factors))
-    adapters = lora.read([Wish(path, 0.5)], checkpoint)
+    adapters = lora_fit.read([Wish(path, 0.5)], checkpoint)
     whole = derive.planned(checkpoint, precision, adapters)
     part = derive.planned(checkpoint, precision, adapters, STAGE)
     for target, file in ((whole, "whole"), (part, "part")):
@@ -718,7 +721,7 @@ def test_a_lora_for_other_stages_is_refused(
     checkpoint: Header, factors: Factors, tmp_path: Path
 ) -> None:
     path = loras.write(tmp_path / "a.safetensors", loras.tensors(factors))
-    adapters = lora.read([Wish(path)], checkpoint)
+    adapters = lora_fit.read([Wish(path)], checkpoint)
     vae = {name for name in checkpoint.tensors if name.startswith("vae.")}
     with pytest.raises(UserError, match=r"a\.safetensors: the stages .* read none of the 7 "):
         derive.planned(checkpoint, None, adapters, vae)
@@ -730,7 +733,7 @@ def test_weights_that_are_not_kept_may_be_quantized(factors: Factors, tmp_path: 
     tensors[WEIGHT] = tensors[WEIGHT].to(torch.float8_e4m3fn)
     save_file(tensors, path)
     source = read_header(path)
-    adapters = lora.read([Wish(loras.write(tmp_path / "a", loras.tensors(factors)))], source)
+    adapters = lora_fit.read([Wish(loras.write(tmp_path / "a", loras.tensors(factors)))], source)
     kept = derive.planned(source, None, adapters, STAGE - {WEIGHT})
     assert kept.tensors.keys() == STAGE - {WEIGHT}
     with pytest.raises(UserError, match=r"to_q\.weight is F8_E4M3"):
@@ -740,10 +743,11 @@ def test_weights_that_are_not_kept_may_be_quantized(factors: Factors, tmp_path: 
 PEAK = r"""
 import re, sys
 from pathlib import Path
-from ltx_export import derive, lora
+from ltx_export import derive, lora_fit
+from ltx_ref import lora
 from ltx_ref.checkpoint import read_header
 source = read_header(Path(sys.argv[1]))
-adapters = lora.read(lora.parse([sys.argv[2]]), source)
+adapters = lora_fit.read(lora.parse([sys.argv[2]]), source)
 target = derive.planned(source, None, adapters)
 for _ in derive.write(source, target, Path(sys.argv[3]), adapters):
     pass

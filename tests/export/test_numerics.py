@@ -14,11 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ltx_engines.stages import OPTIONAL, STAGES
+from ltx_export.block_groups import evenly
 from ltx_ref.ltx_video import model as ltx_video
 from ltx_ref.ltx_video import upsampler
 from ltx_ref.ltx_video.transformer import StgMode
 from ltx_ref.text import load_text_encoder
 from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
+from tests.export.chains import KEPT, feeds, same_bits
 from tests.export.checkpoints import (
     CAPTION_CHANNELS,
     LATENT_CHANNELS,
@@ -119,6 +121,15 @@ def test_skipped_layers_are_perturbed_in_the_mode_of_the_bundle(
     found = run(exported, "transformer", feeds)
     assert difference(found, model(*feeds, stg_mode=mode)) < TOLERANCE
     assert difference(found, model(*feeds[:5], torch.ones(LAYERS, 3), stg_mode=mode)) > 1e-3
+
+
+def test_a_chain_of_blocks_perturbs_as_the_whole_does(
+    mode_and_export: tuple[StgMode, Exported],
+) -> None:
+    _, exported = mode_and_export
+    given = feeds(exported.bundle.stage("transformer"), 3, 10, per_token=False)
+    assert (given[KEPT] == 0).sum() == 1
+    assert same_bits(exported.bundle, evenly(LAYERS, 2), given)
 
 
 @pytest.mark.parametrize(("batch", "words"), [(1, 1), (2, 9), (3, 40)])

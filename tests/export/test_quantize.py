@@ -20,7 +20,6 @@ from ltx_engines.errors import UserError
 from ltx_export import (
     calibration,
     cli,
-    codes,
     convert,
     derive,
     quantization_plan,
@@ -31,7 +30,7 @@ from ltx_export import (
 from ltx_export.calibration import Calibration
 from ltx_export.graphs import Graphs
 from ltx_export.recipes import KEEP, SHIPPED, Recipe, Rule
-from ltx_ref import quantization
+from ltx_ref import casts, codes, quantization
 from ltx_ref.checkpoint import CheckpointError, Header, read_header
 
 TINY = Path(ltx_trt.__file__).parent / "ltx_tiny" / "ltx-tiny.safetensors"
@@ -97,7 +96,7 @@ def parts(header: Header, path: str) -> dict[str, Any]:
         for part in ("weight", *quantization.PARTS):
             if (info := header.tensors.get(f"{path}.{part}")) is not None:
                 dtype = {"I8": np.int8, "U8": np.uint8}.get(info.dtype, info.dtype)
-                numbers = convert.read(file, info)
+                numbers = casts.read(file, info)
                 numbers = numbers if dtype == info.dtype else numbers.view(dtype)
                 found[part] = numbers.reshape(info.shape)
     return found
@@ -142,7 +141,7 @@ def test_every_other_tensor_is_untouched_and_every_number_is_aligned(
         assert (old.dtype, old.shape) == (new.dtype, new.shape)
         assert before[old.begin : old.end] == after[new.begin : new.end]
     for info in out.tensors.values():
-        assert info.begin % convert.element(info.dtype).itemsize == 0
+        assert info.begin % casts.element(info.dtype).itemsize == 0
     assert quantization.shapes(out) == header.shapes()
     assert dict(out.metadata) | dict(header.metadata) == dict(out.metadata)
 

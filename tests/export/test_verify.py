@@ -594,7 +594,7 @@ def test_onnxruntime_is_told_the_same_as_in_the_runtime(
     monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
     opened = open_bundle(request.getfixturevalue(name))
     OnnxTransformer(Graph(opened))
-    OnnxRuntimeSession.open(opened, "transformer", providers=["CPUExecutionProvider"])
+    OnnxRuntimeSession.open(opened, "transformer", provider="cpu")
     own, theirs = told
     assert own.pop(FOLDER)
     assert own == theirs

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ltx_export import codes
-from ltx_ref import quantized
+from ltx_ref import codes, quantized
 from ltx_ref.checkpoint import CheckpointError, TensorInfo, read_header
 from ltx_ref.ltx_video import model as ltx_model
 from ltx_ref.ltx_video.config import parse_config

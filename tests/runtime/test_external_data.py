@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from ltx_trt.cli import SHIPPED
-from ltx_trt.session.external_data import locations
+from ltx_trt.session.external_data import initializers, locations
 
 
 def external(name: str, location: str) -> TensorProto:
@@ -44,6 +44,8 @@ def test_the_shipped_graphs_are_read_as_onnx_reads_them(stage: str) -> None:
     }
     assert locations(data) == wanted
     assert wanted
+    named = {t.name for t in proto.graph.initializer if t.external_data}
+    assert initializers(data) == named != {t.name for t in proto.graph.initializer}
 
 
 def test_what_could_hide_a_file_is_refused() -> None:

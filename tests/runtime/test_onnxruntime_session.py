@@ -158,7 +158,7 @@ def test_bfloat16_is_refused_on_the_cpu_with_what_to_do(bundle: Bundle) -> None:
     stages = bundle.manifest.stages | {"transformer": half}
     changed = bundle.manifest.model_copy(update={"stages": stages})
     with pytest.raises(UserError, match=r"bfloat16.*onnxruntime-gpu.*--precision float32"):
-        OnnxRuntimeSession.open(Bundle(bundle.path, changed), "transformer", providers=[module.CPU])
+        OnnxRuntimeSession.open(Bundle(bundle.path, changed), "transformer", provider="cpu")
 
 
 def quantized(entry: StageEntry, **layers: int) -> StageEntry:
@@ -256,17 +256,6 @@ def test_a_missing_package_names_the_extra(bundle: Bundle, monkeypatch: pytest.M
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"pip install 'ltx-trt\[onnxruntime\]'"):
         OnnxRuntimeSession.open(bundle, "transformer")
-
-
-def test_an_unknown_provider_names_those_that_exist(bundle: Bundle) -> None:
-    with pytest.raises(UserError, match="CPUExecutionProvider"):
-        OnnxRuntimeSession.open(bundle, "transformer", providers=["TpuExecutionProvider"])
-
-
-def test_cuda_comes_first_where_it_exists() -> None:
-    here = [module.CPU, "Azure", module.CUDA]
-    assert module._providers(here, None) == [module.CUDA, module.CPU]
-    assert module._providers([module.CPU], None) == [module.CPU]
 
 
 def test_a_gpu_that_cannot_start_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ltx_engines.bundle import QuantizationEntry, open_bundle
+from ltx_engines.bundle import QuantizationEntry, open_bundle, read, update
+from ltx_engines.cache_key import Part
 from ltx_engines.errors import UserError
+from ltx_engines.shapes import VideoShape
 from ltx_trt import overview
+from tests.runtime import engine_bundles
 from tests.runtime.conftest import manifest
+from tests.runtime.engine_bundles import Engines
 
 MakeBundle = Callable[..., Path]
 
@@ -48,3 +52,27 @@ def test_an_unknown_format_is_refused(make_bundle: MakeBundle) -> None:
     with pytest.raises(UserError, match=r"int9-wo") as told:
         open_bundle(path)
     assert "\n" not in str(told.value)
+
+
+def test_engines_are_shown_with_part_cards_version_profiles_kernels_and_size(
+    make_bundle: MakeBundle,
+) -> None:
+    folder = make_bundle()
+    engines = Engines((VideoShape(9, 32, 64),), ("transformer",), targets=(86, 89))
+    engine_bundles.add(folder, engines)
+    found = read(folder)
+    (engine,) = found.engines
+    key = engine.key.model_copy(update={"part": Part(index=1, of=2, first=2, end=3)})
+    counts = {"kernels": 200, "fused attentions": 12}
+    changed = engine.model_copy(update={"key": key, "counts": counts, "refittable": True})
+    update(folder, found.model_copy(update={"engines": (changed,)}))
+    text = shown(folder)
+    for words in (
+        *("part 2 of 2, blocks 2 to 2", "takes LoRAs", "SM86, SM89", "tensorrt-rtx 1.7.1.116"),
+        *("tokens 4", "batch 1 to 3 (for 3)", "200 kernels", "12 fused attentions", "0.00 MiB"),
+    ):
+        assert words in text
+
+
+def test_a_bundle_without_engines_has_no_table_of_them(make_bundle: MakeBundle) -> None:
+    assert "engines" not in shown(make_bundle())

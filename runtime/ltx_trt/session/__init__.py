@@ -1,6 +1,7 @@
 """One stage, ready to run: the seam behind which ONNX Runtime, TensorRT and a test look alike."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -31,7 +32,10 @@ class Session(Protocol):
     ) -> None: ...
 
 
-OpenSession = Callable[[str], Session]
+Opened = AbstractContextManager[Session]
+"""A session from `with` to its end, which need not be the session's own."""
+
+OpenSession = Callable[[str], Opened]
 """By the stage's name."""
 
 

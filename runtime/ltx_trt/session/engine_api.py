@@ -81,6 +81,15 @@ class Engine(Protocol):
         that streaming takes for itself."""
         ...
 
+    def sleep(self) -> bool:
+        """The weights leave the GPU, contexts and all that they were told stay. No work may be
+        waiting. False if they cannot (TensorRT; an engine that was not loaded to swap)."""
+        ...
+
+    def wake(self) -> None:
+        """The weights are on the GPU again when this returns."""
+        ...
+
     def refittable(self) -> frozenset[str]:
         """Names of the weights that `refit` may set."""
         ...
@@ -113,8 +122,9 @@ class Library(Protocol):
     @property
     def version(self) -> str: ...
 
-    def load(self, plan: Path, *, cache: Path | None = None) -> Engine:
-        """`plan` has been checked against its hash: a plan is code.
+    def load(self, plan: Path, *, cache: Path | None = None, swaps: bool = False) -> Engine:
+        """`plan` has been checked against its hash: a plan is code. With `swaps` its weights can
+        leave the GPU and come again, where the library has means for that.
 
         Raises:
             EngineError: it does not fit this library or this GPU.

@@ -16,6 +16,7 @@ ATTRIBUTE_TENSOR = 5
 ATTRIBUTE_NESTED = frozenset({6, 10, 11, 22, 23})
 """Subgraphs, lists of tensors and of graphs, sparse tensors: none of our graphs has any."""
 TENSOR_EXTERNAL = 13
+TENSOR_NAME = 8
 ENTRY_KEY, ENTRY_VALUE = 1, 2
 
 
@@ -32,6 +33,23 @@ def locations(model: bytes) -> set[str]:
         if number == MODEL_GRAPH:
             found |= set(_of_graph(graph))
     return found
+
+
+def initializers(model: bytes) -> frozenset[str]:
+    """The names of the weights that lie in files.
+
+    Raises:
+        ValueError: it is no ModelProto.
+    """
+    return frozenset(
+        bytes(content).decode()
+        for number, graph in _fields(memoryview(model))
+        if number == MODEL_GRAPH
+        for part, tensor in _fields(graph)
+        if part == GRAPH_INITIALIZER and any(_of_tensor(tensor))
+        for field, content in _fields(tensor)
+        if field == TENSOR_NAME
+    )
 
 
 def _of_graph(graph: memoryview) -> Iterator[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -15,7 +16,11 @@ import numpy as np
 from ltx_engines import cpu
 from ltx_engines.bundle import Bundle, StageEntry
 from ltx_engines.errors import UserError
+from ltx_engines.providers import Provider, refusal
 from ltx_trt.session import Array, Feeds, check_feeds
+from ltx_trt.session.element_types import from_bfloat16 as from_bfloat16
+from ltx_trt.session.element_types import to_bfloat16 as to_bfloat16
+from ltx_trt.session.execution_provider import Asked, ask
 from ltx_trt.session.external_data import locations
 
 if TYPE_CHECKING:
@@ -36,17 +41,37 @@ q_sequence_length`)."""
 
 BFLOAT16 = 16
 """ONNX's number for it; NumPy has no such type."""
+FOREIGN = MappingProxyType({"bfloat16": (BFLOAT16, np.uint16), "float8e4m3fn": (17, np.uint8)})
+"""The same, of all such types that weights have, and how NumPy holds their bits."""
 
 log = logging.getLogger(__name__)
+
+
+ON_THE_CPU = Asked(CPU)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a session goes on to need: weights that it reads where they are, and what its provider
+    wants to hear in each run."""
+
+    weights: Mapping[str, onnxruntime.OrtValue] = field(default_factory=dict)
+    asked: Asked = ON_THE_CPU
 
 
 class OnnxRuntimeSession:
     """Use `open`; the constructor takes what it made."""
 
     def __init__(
-        self, name: str, entry: StageEntry, file: str, session: onnxruntime.InferenceSession
+        self,
+        name: str,
+        entry: StageEntry,
+        file: str,
+        session: onnxruntime.InferenceSession,
+        held: Held | None = None,
     ) -> None:
         self._name, self._entry, self._file = name, entry, file
+        self._held = held or Held()
         self._session: onnxruntime.InferenceSession | None = session
 
     @classmethod
@@ -55,29 +80,35 @@ class OnnxRuntimeSession:
         bundle: Bundle,
         stage: str,
         *,
-        providers: Sequence[str] | None = None,
+        provider: Provider | None = None,
         threads: int | None = None,
+        weights: Iterable[tuple[str, str, Array]] = (),
     ) -> Self:
-        """`providers` in order of preference (all that this machine has, CUDA first); `threads`
-        of one operator on the CPU (ONNX Runtime's choice)."""
+        """Without a `provider` CUDA if this machine has it, else the CPU; `threads` of one operator
+        on the CPU (ONNX Runtime's choice); `weights` come in the place of the bundle's, by name and
+        element type, and are the only ones that are in memory."""
         entry = bundle.stage(stage)
         ort = _package()
-        chosen = _providers(ort.get_available_providers(), providers)
-        _check_formats(stage, entry)
-        if chosen[0] == CPU:
-            _check_cpu(stage, entry)
+        asked = _asked(ort, bundle, stage, provider)
         file = bundle.file(entry.file)
+        kept = {name: _initializer(dtype, values) for name, dtype, values in weights}
         with _told(f"stage {stage}: cannot load {file}"):
             options = _options(ort, threads, entry)
+            asked.give(options)
+            for name, value in kept.items():
+                options.add_initializer(name, value)
             session = ort.InferenceSession(
                 _graph(bundle, entry, options),
                 sess_options=options,
-                providers=chosen,
                 disabled_optimizers=[FOLDING],
+                **asked.arguments(),
             )
-        _check_provider(stage, entry, chosen[0], session.get_providers()[0])
+        if provider is None:
+            _check_provider(stage, entry, asked.name, session.get_providers()[0])
+        else:
+            _check_chosen(stage, asked.name, session.get_providers()[0])
         _check_names(stage, entry, session, str(file))
-        return cls(stage, entry, str(file), session)
+        return cls(stage, entry, str(file), session, Held(kept, asked))
 
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
         if self._session is None:
@@ -90,7 +121,8 @@ class OnnxRuntimeSession:
                 binding.bind_ortvalue_input(name, _to_ort(feed, dtypes[name]))
             for tensor in self._entry.outputs:
                 binding.bind_output(tensor.name, "cpu")
-            self._session.run_with_iobinding(binding)
+            told = self._held.asked.run_entries({n: feed.shape for n, feed in feeds.items()})
+            self._session.run_with_iobinding(binding, _run_options(told))
         values = binding.get_outputs()
         return {
             tensor.name: _from_ort(value)
@@ -106,18 +138,7 @@ class OnnxRuntimeSession:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._session = None
-
-
-def to_bfloat16(values: Array) -> Array:
-    """The upper halves of float32 words, rounded to nearest even; NaN stays NaN."""
-    words = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = (words + 0x7FFF + (words >> 16 & 1)) >> 16
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
-
-
-def from_bfloat16(words: Array) -> Array:
-    return (words.astype(np.uint32) << 16).view(np.float32)
+        self._session, self._held = None, Held()
 
 
 def _package() -> Any:
@@ -130,22 +151,47 @@ def _package() -> Any:
     return onnxruntime
 
 
-def _providers(available: Sequence[str], wished: Sequence[str] | None) -> list[str]:
-    if wished is None:
-        return [provider for provider in (CUDA, CPU) if provider in available]
-    for provider in wished:
-        if provider not in available:
-            raise UserError(
-                f"this onnxruntime has no {provider}, only {', '.join(available)}; "
-                "install the package that brings it (onnxruntime-gpu for CUDA)"
-            )
-    if not wished:
-        raise ValueError("an empty list of providers")
-    return list(wished)
+def _asked(ort: Any, bundle: Bundle, stage: str, provider: Provider | None) -> Asked:
+    """
+    Raises:
+        UserError: this ONNX Runtime has not got the provider, or it cannot compute the stage.
+    """
+    entry = bundle.stage(stage)
+    if provider is None or provider == "cpu":
+        _check_formats(stage, entry)
+        available = ort.get_available_providers()
+        name = CUDA if provider is None and CUDA in available else CPU
+        if name == CPU:
+            _check_cpu(stage, entry)
+        return Asked(name)
+    if (reason := refusal(provider, stage, entry)) is not None:
+        raise UserError(reason)
+    made_for = bundle.manifest.onnxruntime.get(stage)
+    return ask(ort, provider, entry, () if made_for is None else made_for.profiles)
+
+
+def _run_options(entries: Mapping[str, str]) -> Any:
+    if not entries:
+        return None
+    from onnxruntime import RunOptions
+
+    options = RunOptions()
+    for name, value in entries.items():
+        options.add_run_config_entry(name, value)
+    return options
 
 
 def _formats(entry: StageEntry) -> Collection[str]:
     return () if entry.quantization is None else entry.quantization.layers
+
+
+def check_cpu(stage: str, entry: StageEntry) -> None:
+    """
+    Raises:
+        UserError: the CPU cannot compute it.
+    """
+    _check_formats(stage, entry)
+    _check_cpu(stage, entry)
 
 
 def _check_formats(stage: str, entry: StageEntry) -> None:
@@ -168,6 +214,8 @@ def _check_cpu(stage: str, entry: StageEntry) -> None:
             f"stage {stage} is at opset {entry.opset}, whose Attention ONNX Runtime's CPU does not "
             "compute with a mask of the text; export it again: ltx-export onnx --opset 20"
         )
+    if (reason := refusal("cpu", stage, entry)) is not None:
+        raise UserError(reason)
 
 
 def _check_provider(stage: str, entry: StageEntry, wished: str, found: str) -> None:
@@ -181,6 +229,16 @@ def _check_provider(stage: str, entry: StageEntry, wished: str, found: str) -> N
             "is copied, for ONNX Runtime has none for CUDA; use the CPU alone, or export it for "
             "TensorRT: ltx-export onnx --opset 23",
             stage,
+        )
+
+
+def _check_chosen(stage: str, wished: str, found: str) -> None:
+    """ONNX Runtime goes on without a GPU that it cannot start; whoever chose it does not."""
+    if found != wished:
+        raise UserError(
+            f"stage {stage}: {wished} could not start, ONNX Runtime would go on with {found}; "
+            "see that the vendor's driver and CUDA libraries fit this onnxruntime, or choose "
+            "--provider cpu"
         )
 
 
@@ -248,6 +306,15 @@ def _to_ort(feed: Array, dtype: str) -> onnxruntime.OrtValue:
     if dtype == "bfloat16":
         return OrtValue.ortvalue_from_numpy_with_onnx_type(to_bfloat16(feed), BFLOAT16)
     return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(feed, dtype))
+
+
+def _initializer(dtype: str, values: Array) -> onnxruntime.OrtValue:
+    from onnxruntime import OrtValue
+
+    if dtype in FOREIGN:
+        number, bits = FOREIGN[dtype]
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(values.view(bits), number)
+    return OrtValue.ortvalue_from_numpy(values)
 
 
 def _from_ort(value: onnxruntime.OrtValue) -> Array:

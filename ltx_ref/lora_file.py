@@ -20,9 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ltx_engines.errors import UserError
-from ltx_export import convert
-from ltx_ref.checkpoint import Header, read_header
+from ltx_ref import casts
+from ltx_ref.checkpoint import CheckpointError, Header, read_header
 
 Role = Literal["down", "up", "alpha", "diff", "diff_b"]
 """A is `down`, B is `up`; `diff` is the change of a weight as it is, `diff_b` that of a bias."""
@@ -168,10 +167,10 @@ class LoraFile:
             return self.settings.alpha_of(module.name)
         info = self.header.tensors[key]
         with self.path.open("rb") as file:
-            value = convert.read(file, info)
+            value = casts.read(file, info)
         value = value.view(INTEGERS[info.dtype]) if info.dtype in INTEGERS else value
         if value.size != 1 or not math.isfinite(value[0]):
-            raise UserError(
+            raise CheckpointError(
                 f"{self.path}: {key} must be one finite number, not {value[:3]}; download it again"
             )
         return float(value[0])
@@ -199,12 +198,12 @@ class LoraFile:
 def read(path: Path) -> LoraFile:
     """
     Raises:
-        UserError, CheckpointError: not a safetensors file, or not a LoRA that can be fused.
+        CheckpointError: not a safetensors file, or not a LoRA that can be fused.
     """
     if path.is_dir():
-        raise UserError(f"{path} is a folder; name the .safetensors file in it")
+        raise CheckpointError(f"{path} is a folder; name the .safetensors file in it")
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file; give the LoRA's .safetensors file")
+        raise CheckpointError(f"{path}: there is no such file; give the LoRA's .safetensors file")
     header = read_header(path)
     _check_supported(header)
     found = LoraFile(header, _modules(header), _settings(header))
@@ -253,13 +252,13 @@ def _check_supported(header: Header) -> None:
         if (
             reason := next((r for part, r in UNSUPPORTED.items() if part in key), None)
         ) is not None:
-            raise UserError(
+            raise CheckpointError(
                 f"{header.path}: {key} makes this {reason}; only plain LoRAs are fused, "
                 "fuse it with the program it was trained with"
             )
         whole = info.dtype in INTEGERS and key.endswith(".alpha")
-        if info.dtype not in convert.FLOATS and not whole:
-            raise UserError(f"{header.path}: {key} is {info.dtype}; take the float version")
+        if info.dtype not in casts.FLOATS and not whole:
+            raise CheckpointError(f"{header.path}: {key} is {info.dtype}; take the float version")
 
 
 def _modules(header: Header) -> dict[str, Module]:
@@ -274,14 +273,14 @@ def _modules(header: Header) -> dict[str, Module]:
         module, role = key.removesuffix(ending), ENDINGS[ending]
         keys = found.setdefault(flat(module), {})
         if role in keys:
-            raise UserError(
+            raise CheckpointError(
                 f"{header.path}: {keys[role]} and {key} mean the same; remove one of them"
             )
         keys[role] = key
         names.setdefault(flat(module), bare(module))
     if strange or not found:
         what = listed(strange) if strange else "no tensors"
-        raise UserError(
+        raise CheckpointError(
             f"{header.path} is not a LoRA: it has {what}; known endings: .lora_A.weight"
         )
     return {name: Module(names[name], keys) for name, keys in found.items()}
@@ -292,19 +291,21 @@ def _check_module(found: LoraFile, module: Module) -> None:
     keys = module.keys
     if ("down" in keys) != ("up" in keys):
         key, lacks = (keys["down"], "up (B)") if "down" in keys else (keys["up"], "down (A)")
-        raise UserError(f"{found.path}: {key} has no {lacks} beside it; download it again")
+        raise CheckpointError(f"{found.path}: {key} has no {lacks} beside it; download it again")
     if "down" not in keys:
         if keys.keys() == {"alpha"}:
-            raise UserError(f"{found.path}: {keys['alpha']} has no factors; download it again")
+            raise CheckpointError(
+                f"{found.path}: {keys['alpha']} has no factors; download it again"
+            )
         return
     down, up = found.shape(keys["down"]), found.shape(keys["up"])
     if len(down) < 2 or len(up) < 2 or 0 in down + up or prod(up[2:]) != 1:
-        raise UserError(
+        raise CheckpointError(
             f"{found.path}: {keys['down']} is {list(down)} and {keys['up']} {list(up)}, "
             "wanted [rank, inputs] and [outputs, rank]; download it again"
         )
     if down[0] != up[1]:
-        raise UserError(
+        raise CheckpointError(
             f"{found.path}: {keys['down']} has rank {down[0]}, {keys['up']} has rank {up[1]}; "
             "download it again"
         )
@@ -325,7 +326,7 @@ def _settings(header: Header) -> Settings:
 def _parsed(table: Mapping[str, Any], header: Header, file: Path | None = None) -> Settings:
     where = file or f"{header.path}: metadata lora_adapter_metadata"
     if table.get("use_dora"):
-        raise UserError(f"{where}: use_dora is set; only plain LoRAs are fused")
+        raise CheckpointError(f"{where}: use_dora is set; only plain LoRAs are fused")
     try:
         alpha = table.get("lora_alpha")
         patterns = {str(k): float(v) for k, v in (table.get("alpha_pattern") or {}).items()}
@@ -335,16 +336,18 @@ def _parsed(table: Mapping[str, Any], header: Header, file: Path | None = None) 
             None if alpha is None else float(alpha), patterns, bool(table.get("use_rslora")), file
         )
     except (TypeError, ValueError, AttributeError, re.error) as error:
-        raise UserError(f"{where}: alpha is not understood ({error}); download it again") from None
+        raise CheckpointError(
+            f"{where}: alpha is not understood ({error}); download it again"
+        ) from None
 
 
 def _json_object(text: str | bytes, where: str) -> dict[str, Any]:
     try:
         table = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({error}); download it again") from None
+        raise CheckpointError(f"{where} is not JSON ({error}); download it again") from None
     if not isinstance(table, dict):
-        raise UserError(f"{where} is not a JSON object; download it again")
+        raise CheckpointError(f"{where} is not a JSON object; download it again")
     return table
 
 

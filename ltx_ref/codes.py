@@ -30,6 +30,8 @@ E2M1 = np.dtype(ml_dtypes.float4_e2m1fn)
 E4M3_MAX, E2M1_MAX, INT8_MAX, INT4_MAX = 448.0, 6.0, 127.0, 7.0
 E4M3_MIN = 2.0**-9
 """The smallest number of e4m3 above zero."""
+E4M3_NORMAL = 2.0**-6
+"""From here on e4m3 has three bits behind the leading one; below, its steps are E4M3_MIN."""
 
 INPUT_MAX: dict[Format, float] = {"fp8": E4M3_MAX, "int8": INT8_MAX, "nvfp4": E4M3_MAX * E2M1_MAX}
 """The largest activation is this many input scales."""
@@ -137,6 +139,28 @@ def encode(rows: Rows, form: Format, amax: NDArray[np.float32] | None = None) ->
             if amax is None:
                 raise ValueError("nvfp4 wants the largest weight of the whole layer")
             return _nvfp4(rows, weight_scale_2(float(amax)))
+
+
+def dithered(shares: Rows, form: Format, noise: NDArray[np.uint32]) -> NDArray[Any]:
+    """Codes of fp8 or int8 that are the shares on average: each is one of the two codes around it,
+    the nearer the likelier; a share that is a code stays. `noise` has 20 random bits for each.
+
+    To nearest, whatever is less than half a step away from a code would become that code again:
+    most of what a LoRA adds to weights that are codes already.
+    """
+    if form == "int8":
+        bits = (noise >> np.uint32(4)).astype(np.float32) * np.float32(2.0**-16)  # sums are exact
+        return _to_int(np.floor(shares + bits), INT8_MAX)
+    size = np.abs(shares)
+    normal = ((size.view(np.uint32) + noise) >> np.uint32(20)) - _E4M3_BIAS
+    steps = np.minimum(size, np.float32(E4M3_NORMAL)) / np.float32(E4M3_MIN)
+    small = np.floor(steps + noise.astype(np.float32) * np.float32(2.0**-20)).astype(np.uint32)
+    found = np.where(size < E4M3_NORMAL, small, np.minimum(normal, _E4M3_LAST)).astype(np.uint8)
+    return (found | np.signbit(shares).astype(np.uint8) << np.uint8(7)).view(E4M3)
+
+
+_E4M3_BIAS, _E4M3_LAST = np.uint32((127 - 7) << 3), np.uint32(0x7E)
+"""Between the exponents of float32 and of e4m3, before three bits of the mantissa; 448's byte."""
 
 
 def weight_scale_2(amax: float) -> np.float32:

@@ -1,21 +1,22 @@
 """LoRAs for a checkpoint: what the user wishes, whether it fits, what it adds to each weight."""
 
+import hashlib
 import math
 import os
 import re
-from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 
-from ltx_engines import hashes
-from ltx_engines.errors import UserError, nearest
-from ltx_export import convert, lora_file
-from ltx_export.convert import Numbers
-from ltx_export.lora_file import LoraFile, Module, flat, listed
-from ltx_ref.checkpoint import Header, TensorInfo
+import numpy as np
+
+from ltx_ref import casts, lora_file
+from ltx_ref.casts import Numbers
+from ltx_ref.checkpoint import CheckpointError, Header, TensorInfo
+from ltx_ref.lora_file import LoraFile, Module, flat, listed
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
@@ -45,10 +46,8 @@ class LowRank:
         """The change of the weight's rows, flattened."""
         rank = self.down.shape[0]
         with self.path.open("rb") as file:
-            down = convert.cast(convert.read(file, self.down), "F32", self.key)
-            up = convert.cast(
-                convert.read(file, self.up, begin * rank, end * rank), "F32", self.key
-            )
+            down = casts.cast(casts.read(file, self.down), "F32", self.key)
+            up = casts.cast(casts.read(file, self.up, begin * rank, end * rank), "F32", self.key)
         change: Numbers = (up.reshape(-1, rank) * self.scale) @ down.reshape(rank, -1)
         return change.reshape(-1)
 
@@ -65,8 +64,8 @@ class Difference:
     def rows(self, begin: int, end: int) -> Numbers:
         row = math.prod(self.info.shape[1:])
         with self.path.open("rb") as file:
-            numbers = convert.read(file, self.info, begin * row, end * row)
-        change: Numbers = convert.cast(numbers, "F32", self.key) * self.scale
+            numbers = casts.read(file, self.info, begin * row, end * row)
+        change: Numbers = casts.cast(numbers, "F32", self.key) * self.scale
         return change
 
 
@@ -88,90 +87,58 @@ class Adapter:
 def parse(words: Iterable[str]) -> tuple[Wish, ...]:
     """
     Raises:
-        UserError: what follows the last colon is meant as a strength and is none.
+        CheckpointError: what follows the last colon is meant as a strength and is none.
     """
     return tuple(_wish(word) for word in words)
 
 
 def read(wishes: Iterable[Wish], header: Header) -> tuple[Adapter, ...]:
-    """The LoRAs, ready to be fused. One that is named twice has the sum of its strengths.
+    """The LoRAs, ready to be added. One that is named twice has the sum of its strengths.
 
     Raises:
-        UserError, CheckpointError: a file is not a LoRA, not one for this checkpoint, or it
-            changes nothing; or the checkpoint is quantized.
+        CheckpointError: a file is not a LoRA, not one for this checkpoint, or it changes nothing.
     """
-    _check_unquantized(header)
     several: dict[str, list[Wish]] = {}
     for wish in wishes:
         several.setdefault(os.path.realpath(wish.path), []).append(wish)
     found = [(lora_file.read(same[0].path), _sum(same)) for same in several.values()]
-    patches = [_effective(file, header, strength) for file, strength in found]
+    patches = [effective(file, header, strength) for file, strength in found]
     return tuple(
-        Adapter(file.path, hashes.sha256(file.path), strength, added, _inputs(file))
+        Adapter(file.path, _sha256(file.path), strength, added, _inputs(file))
         for (file, strength), added in zip(found, patches, strict=True)
     )
 
 
-def lines(wish: Wish, header: Header | None = None) -> Generator[str, None, bool]:
-    """A report, line by line; whether it fits comes last, and is returned.
+def fused(numbers: Numbers, patches: Sequence[Patch], begin: int, end: int) -> Numbers:
+    """Rows `begin` to `end` of a weight with everything added that belongs to them.
 
     Raises:
-        UserError, CheckpointError: not a LoRA that can be fused.
+        CheckpointError: what is added is not finite.
     """
-    path, file = wish.path, lora_file.read(wish.path)
-    modules = file.modules.values()
-    pairs = [module for module in modules if "down" in module.keys]
-    size, count = path.stat().st_size, len(file.header.tensors)
-    types = sorted({info.dtype for info in file.header.tensors.values()})
-    yield f"{path}: {size:,} bytes, {count:,} tensors ({', '.join(types)})"
-    yield f"  strength: {wish.strength:g}"
-    yield f"  names: {file.style()}"
-    yield f"  made for: {file.likeness()}"
-    yield f"  modules: {len(modules):,}, {len(modules) - len(pairs):,} of them as plain differences"
-    yield f"  rank: {_counted(file.rank(module) for module in pairs)}"
-    yield f"  alpha: {_counted(file.alpha(module) for module in pairs)}"
-    yield f"  factor (from alpha and rank): {_counted(file.scale(module) for module in pairs)}"
-    for kind, number in sorted(Counter(_without_numbers(m.name) for m in modules).items()):
-        yield f"    {number:,} {kind}"
-    for key, value in sorted(file.header.metadata.items()):
-        yield f"  metadata {key}: {' '.join(value.split())[:80]}"
-    if header is None:
-        return True
-    fits, verdict = _verdict(file, header, wish.strength)
-    yield f"  {verdict}"
-    return fits
+    wide = numbers if numbers.dtype == np.float64 else casts.cast(numbers, "F32", "")
+    added = change(patches, begin, end)
+    with np.errstate(over="ignore", invalid="ignore"):
+        result: Numbers = wide + added
+    return result
 
 
-def check_fusible(header: Header) -> None:
-    """A LoRA goes into float weights; what is to be quantized is quantized afterwards.
+def change(patches: Sequence[Patch], begin: int, end: int) -> Numbers:
+    """What is added to rows `begin` to `end` of a weight, flattened, in float32.
 
     Raises:
-        UserError: the checkpoint is quantized, other than by plain casts.
+        CheckpointError: it is not finite.
     """
-    _check_unquantized(header)
-    convert.check_kind(header, "takes no LoRA")
-
-
-def _check_unquantized(header: Header) -> None:
-    if (found := convert.kind(header)).name == "quantized":
-        raise UserError(
-            f"{header.path} takes no LoRA: {found.sentence}; fuse it into the bfloat16 checkpoint "
-            "with ltx-export lora --out, and quantize that"
+    with np.errstate(over="ignore", invalid="ignore"):
+        added = patches[0].rows(begin, end)
+        for patch in patches[1:]:
+            added = added + patch.rows(begin, end)
+    if not np.isfinite(added).all():
+        files = ", ".join(sorted({str(patch.path) for patch in patches}))
+        raise CheckpointError(
+            f"{files}: what {patches[0].key} adds is not finite; "
+            "lower the strength, or download the file again"
         )
-
-
-def check_float(header: Header, types: Mapping[str, str], names: Iterable[str]) -> None:
-    """`types` are those that the tensors will have.
-
-    Raises:
-        UserError: one of the weights that are changed is cast to 8 bits.
-    """
-    for name in names:
-        if name in types and types[name] not in convert.FLOATS:
-            raise UserError(
-                f"{header.path}: {name} is {types[name]}, a LoRA is fused into float weights; "
-                "add --precision bfloat16, or start from the bfloat16 checkpoint"
-            )
+    return added
 
 
 def _wish(word: str) -> Wish:
@@ -186,7 +153,7 @@ def _wish(word: str) -> Wish:
     better = tail.translate(SPELLINGS)
     hint = f"; did you mean {head}:{better}?" if NUMBER.fullmatch(better) else ""
     hint = "" if better == tail else hint
-    raise UserError(
+    raise CheckpointError(
         f"--lora {word}: the strength {tail!r} is not a finite number; write it as in "
         f"{head}:0.8 or {head}:-0.5{hint}"
     )
@@ -221,13 +188,13 @@ def _patches(file: LoraFile, header: Header, strength: float) -> Mapping[str, tu
     return MappingProxyType(patches)
 
 
-def _effective(file: LoraFile, header: Header, strength: float) -> Mapping[str, tuple[Patch, ...]]:
+def effective(file: LoraFile, header: Header, strength: float) -> Mapping[str, tuple[Patch, ...]]:
     """The same, if it is anything at all."""
     patches = _patches(file, header, strength)
     if any(patch.scale for added in patches.values() for patch in added):
         return patches
     why = "strength times alpha is 0 in each module" if strength else "its strength is 0 in all"
-    raise UserError(
+    raise CheckpointError(
         f"{file.path} changes nothing: {why}; leave it out, or give another "
         f"{'file' if strength else 'strength'}"
     )
@@ -270,51 +237,33 @@ def _check_model(file: LoraFile, header: Header, targets: Mapping[str, str | Non
     shapes = {flat(name.removesuffix(".weight")): s for name, s in header.shapes().items()}
     made_for, here = file.likeness(), lora_file.likeness(shapes)
     if made_for.contradicts(here):
-        raise UserError(
+        raise CheckpointError(
             f"{file.path}: {next(iter(targets))} looks made for {made_for}, {header.path} is "
             f"{here}; take a LoRA that was trained on this model"
         )
 
 
-def _unmatched(file: LoraFile, header: Header, lost: list[str]) -> UserError:
+def _unmatched(file: LoraFile, header: Header, lost: list[str]) -> CheckpointError:
     known = [lora_file.bare(name) for name in header.tensors]
     ending = next(end for end in lora_file.ENDINGS if lost[0].endswith(end))
     module = lora_file.bare(lost[0].removesuffix(ending))
-    return UserError(
+    near = get_close_matches(f"{module}.weight", known, n=1)
+    hint = "".join(f"; did you mean {match!r}?" for match in near)
+    return CheckpointError(
         f"{file.path}: {len(lost):,} of its modules match no weight of {header.path}: "
         f"{listed(lost)} (made for {file.likeness()}); take a LoRA that was trained on this model"
-        f"{nearest(f'{module}.weight', known)}"
+        f"{hint}"
     )
 
 
 def _check_shape(file: LoraFile, header: Header, patch: Patch, name: str) -> None:
     if (found := _shape(patch)) != (wanted := header.tensors[name].shape):
-        raise UserError(
+        raise CheckpointError(
             f"{file.path}: {patch.key} changes a weight of shape {list(found)}, {name} of "
             f"{header.path} is {list(wanted)}; take a LoRA that was trained on this model"
         )
 
 
-def _verdict(file: LoraFile, header: Header, strength: float) -> tuple[bool, str]:
-    try:
-        types = convert.types(header, None)
-        check_fusible(header)
-        patches = _effective(file, header, strength)
-        check_float(header, types, patches)
-    except UserError as error:
-        return False, f"cannot be fused: {error}"
-    count = f"{len(patches):,} of {len(header.tensors):,} tensors"
-    return True, f"fits {header.path}: changes {count}"
-
-
-def _without_numbers(module: str) -> str:
-    """transformer_blocks.*.attn1.to_q: what modules of all blocks have in common."""
-    return re.sub(r"(?<=blocks[._])\d+", "*", module)
-
-
-def _counted(values: Iterable[float | None]) -> str:
-    """Each value, and how often; `none` where there is nothing to count."""
-    counts = Counter("not given" if value is None else f"{value:g}" for value in values)
-    if len(counts) == 1:
-        return next(iter(counts))
-    return ", ".join(f"{value} ({count:,})" for value, count in counts.most_common(8)) or "none"
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,232 @@
+"""The stages of one bundle while clips are made of it: opened when needed, closed after or kept."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Protocol, Self
+
+from ltx_engines.bundle import Bundle
+from ltx_engines.byte_sizes import said
+from ltx_engines.engine_entry import Chain
+from ltx_engines.errors import UserError
+from ltx_engines.stages import SAMPLER_STEP
+from ltx_trt.backend import Choice, Keep
+from ltx_trt.pipeline import Planned
+from ltx_trt.session import Opened, Session, buckets, lora_weights, refit, residency, sizes
+from ltx_trt.session.closing import close_all, told
+from ltx_trt.session.device import Device
+from ltx_trt.session.device_loop import DeviceLoop, Engines
+from ltx_trt.session.memory import Watch
+from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
+from ltx_trt.session.opening import Opening, needed
+from ltx_trt.session.residency import Residency
+from ltx_trt.session.tensorrt_session import TensorRTSession
+
+TRANSFORMER, DECODER = "transformer", "vae_decoder"
+
+
+class Stages(Protocol):
+    """Opens a stage by its name (`OpenSession`), from `with` to its end."""
+
+    @property
+    def bundle(self) -> Bundle: ...
+
+    @property
+    def watch(self) -> Watch | None:
+        """On the GPU's memory, if there is a GPU."""
+        ...
+
+    def prepare(self, planned: Planned, /) -> tuple[str, ...]:
+        """Before a clip; returns what there is to say of it.
+
+        Raises:
+            UserError: these stages cannot make it.
+        """
+        ...
+
+    def __call__(self, stage: str) -> Opened: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class OnnxRuntimeStages:
+    """Implements Stages. Graphs take any clip, and are closed after use."""
+
+    def __init__(self, bundle: Bundle, choice: Choice) -> None:
+        self.bundle, self._choice = bundle, choice
+        self._lora = refit.asked(bundle, (), choice.loras)
+        self.watch: Watch | None = None
+
+    def prepare(self, _: Planned, /) -> tuple[str, ...]:
+        return ()
+
+    def __call__(self, stage: str) -> Session:
+        return _on_onnxruntime(self.bundle, stage, self._choice, self._lora)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+
+class EngineStages:
+    """Implements Stages. `chains` has an entry for each stage that has engines; the others run on
+    ONNX Runtime, and `prepare` says so. Closes the device."""
+
+    def __init__(
+        self, bundle: Bundle, choice: Choice, device: Device, chains: Mapping[str, Chain]
+    ) -> None:
+        self.bundle, self._choice, self._device, self._chains = bundle, choice, device, chains
+        self.watch: Watch | None = device.watch
+        self._lora = refit.asked(bundle, chains.get(TRANSFORMER, ()), choice.loras)
+        self._opening = Opening(bundle, device, self._lora)
+        self._plan: dict[str, Residency] = {}
+        self._kept: dict[str, Session] = {}
+        self._budget = residency.budget(choice.device_memory, device.driver.memory()[0])
+
+    def prepare(self, planned: Planned, /) -> tuple[str, ...]:
+        clip = sizes.of_clip(planned.shape, self.bundle.manifest)
+        for stage, chain in self._chains.items():
+            batches = planned.batches if stage == TRANSFORMER else (1,)
+            for batch in sorted(set(batches)):
+                self._check_bucket(planned, stage, chain, {**clip, "batch": batch})
+        self._plan = {row.need.stage: row for row in self._residencies()}
+        notes = residency.notes(list(self._plan.values()))
+        return (*self._missing(), *self._scarce(), *notes)
+
+    def __call__(self, stage: str) -> Opened:
+        if stage not in self._chains:
+            return _on_onnxruntime(self.bundle, stage, self._choice, self._lora)
+        if stage in self._kept:
+            return _Lent(self._kept[stage])
+        session = self._open(stage)
+        if not self._keeps:
+            return session
+        self._kept[stage] = session
+        return _Lent(session)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        kept, self._kept = list(self._kept.values()), {}
+        steps = [(lambda s=session: s.__exit__(kind, error, trace)) for session in kept]
+        with told("closing the GPU"):
+            close_all((*steps, lambda: self._device.close(error)), error)
+
+    def _open(self, stage: str) -> Session:
+        if stage not in self._plan:
+            raise ValueError("stages are prepared for a clip before one is opened")
+        with told(f"stage {stage}"):
+            runner = self._opening.runner(self._chains[stage], self._plan[stage])
+        entry, device = self.bundle.stage(stage), self._device
+        session = TensorRTSession(stage, entry, device, runner)
+        if stage != TRANSFORMER or SAMPLER_STEP not in self._chains:
+            return session
+        try:
+            with told(f"stage {SAMPLER_STEP}"):
+                step = self._opening.step(self._chains[SAMPLER_STEP])
+        except BaseException as error:
+            session.close(error)
+            raise
+        graphs = self._choice.cuda_graphs
+        return DeviceLoop(session, Engines(device, runner, step), cuda_graphs=graphs)
+
+    def _residencies(self) -> list[Residency]:
+        """What the budget is for does not change while clips are made, nor does the plan."""
+        if self._plan:
+            return list(self._plan.values())
+        step = self._chains.get(SAMPLER_STEP, ())
+        manifest = self.bundle.manifest
+        needs = [
+            needed(manifest, chain, step if stage == TRANSFORMER else ())
+            for stage, chain in self._chains.items()
+            if stage != SAMPLER_STEP
+        ]
+        if self._choice.keep is Keep.never:
+            self._keeps = False
+            return residency.plan(needs, self._budget)
+        try:
+            found = residency.plan(needs, self._budget, kept=[n.stage for n in needs])
+        except UserError:
+            if self._choice.keep is Keep.always:
+                raise
+            self._keeps = False
+            return residency.plan(needs, self._budget)
+        self._keeps = True
+        return found
+
+    _keeps = False
+
+    def _scarce(self) -> tuple[str, ...]:
+        wished = self._choice.device_memory or 0
+        if wished <= self._budget:
+            return ()
+        return (f"of --device-memory {said(wished)}, {said(self._budget)} can be used",)
+
+    def _missing(self) -> tuple[str, ...]:
+        without = [s for s in ("text_encoder", TRANSFORMER, "vae_decoder") if s not in self._chains]
+        notes = [f"{stage} has no engine and runs on ONNX Runtime" for stage in without]
+        if TRANSFORMER in self._chains and SAMPLER_STEP not in self._chains:
+            notes.append(f"without an engine of {SAMPLER_STEP}, each step comes back to the host")
+        return tuple(notes)
+
+    def _check_bucket(
+        self, planned: Planned, stage: str, chain: Chain, wanted: Mapping[str, int]
+    ) -> None:
+        if not (lacks := buckets.refusal(chain[0].key.profiles, wanted)):
+            return
+        clip, made = buckets.word(planned.shape), list(buckets.clips(self._chains.get(DECODER, ())))
+        there = f" (it was built for {', '.join(made)})" if made else ""
+        raise UserError(
+            f"no engine of {stage} takes {clip} with {wanted['batch']} branches: the nearest takes "
+            f"{lacks}{there}; make such a clip, or build it: ltx-export build-engine "
+            f"{self.bundle.path} --gpu sm{self._device.driver.capability} --shape {clip}"
+        )
+
+
+def _on_onnxruntime(
+    bundle: Bundle, stage: str, choice: Choice, lora: lora_weights.Plan | None
+) -> OnnxRuntimeSession:
+    return OnnxRuntimeSession.open(
+        bundle,
+        stage,
+        provider=None if choice.provider is None else choice.provider.value,
+        threads=choice.threads,
+        weights=lora_weights.of_stage(lora, stage),
+    )
+
+
+class _Lent:
+    """A session that stays open when its user is done with it."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __enter__(self) -> Session:
+        return self._session
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass

@@ -1,0 +1,100 @@
+"""Clips by a transformer whose weights are inputs: the frames of ONNX Runtime, in any room."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx_ir", reason="the pieces are cut by the exporter")
+pytest.importorskip("onnxruntime")
+
+import onnx_ir as ir
+
+from ltx_engines import bundle
+from ltx_engines.cache_key import Part
+from ltx_engines.engine_entry import EngineEntry
+from ltx_engines.stages import SAMPLER_STEP
+from ltx_export import step_graph, weight_inputs
+from ltx_trt.backend import Backend, Choice
+from ltx_trt.cli import SHIPPED
+from ltx_trt.request import Wishes
+from ltx_trt.session import tensorrt_adapter
+from ltx_trt.session.opening import needed
+from tests.runtime import engine_bundles
+from tests.runtime.engine_bundles import Engines, file_entry, limits
+from tests.runtime.fake_engines import Plan
+from tests.runtime.split_engines import CLIP
+from tests.runtime.test_gpu_pipeline import Machine
+from tests.runtime.test_weight_inputs_runner import entry as piece_entry
+
+STAGE = "transformer"
+WISHES = Wishes(
+    prompt="a red ball",
+    width=CLIP.width,
+    height=CLIP.height,
+    num_frames=CLIP.frames,
+    num_inference_steps=2,
+)
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_adapter, "version", {"tensorrt-rtx": "1.7.1.116"}.get)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ltx-tiny with engines for the fake GPU."""
+    folder = tmp_path_factory.mktemp("inputs") / "bundle"
+    shutil.copytree(SHIPPED, folder)
+    step_graph.add(bundle.open_bundle(folder, cache=folder.parent / "cache"))
+    others = Engines((CLIP,), ("text_encoder", "vae_decoder", SAMPLER_STEP))
+    engine_bundles.add(folder, others)
+    manifest = bundle.read(folder)
+    stage = manifest.stages[STAGE]
+    profile = engine_bundles._profile(manifest, stage, CLIP, others.branches)
+    key = engine_bundles._key(manifest, STAGE, [profile], others)
+    pieces = weight_inputs.cut(ir.load(folder / stage.file))
+    found = []
+    for index, piece in enumerate(pieces):
+        part = Part(index=index, of=len(pieces), first=index, end=index + 1)
+        own = piece_entry(piece).model_copy(
+            update={"key": key.model_copy(update={"weights": {}, "part": part})}
+        )
+        ir.save(piece.model, folder / f"{piece.name}.onnx")
+        plan = Plan(piece.name, str(folder / f"{piece.name}.onnx"), (limits(own.inputs, profile),))
+        found.append(_written(folder, own, plan))
+    added = {name: file_entry(folder / name) for e in found for name in (e.file, e.layers)}
+    files = {**manifest.files, **added}
+    engines = (*manifest.engines, *found)
+    bundle.update(folder, manifest.model_copy(update={"engines": engines, "files": files}))
+    return folder
+
+
+def _written(folder: Path, own: EngineEntry, plan: Plan) -> EngineEntry:
+    plan.write(folder / own.file)
+    (folder / own.layers).write_text("[]\n", encoding="utf-8")
+    return own
+
+
+@pytest.mark.parametrize("blocks", [6, 2])
+def test_the_frames_are_those_of_onnx_runtime(folder: Path, blocks: int) -> None:
+    """But for a last bit of float32, which here and there is another of 256 levels."""
+    manifest = bundle.read(folder)
+    chain = tuple(engine for engine in manifest.engines if engine.key.stage == STAGE)
+    step = tuple(engine for engine in manifest.engines if engine.key.stage == SAMPLER_STEP)
+    need = needed(manifest, chain, step)
+    assert len(need.weights) == 6
+    room = need.buffers + need.activations + blocks * need.weights[0] + 2**20
+    machine = Machine()
+    (found,) = machine.frames(folder, Choice(device_memory=None if blocks == 6 else room), WISHES)
+    (wanted,) = machine.frames(folder, Choice(Backend.onnxruntime, threads=1), WISHES)
+    levels = [np.frombuffer(frames, np.uint8).astype(int) for frames in (found, wanted)]
+    assert abs(levels[0] - levels[1]).max() <= 1
+    names = [call[1] for call in machine.gpu.named("enqueue")]
+    assert names.count("block") == 6 * names.count("prologue") > 0
+    large = [size for _, _, size, *_ in machine.gpu.named("upload") if size == need.weights[0]]
+    assert (len(large) == 6) == (blocks == 6)
+    assert (machine.gpu.count("begin_capture") > 0) == (blocks == 6)
+    assert machine.gpu.leaks() == []
