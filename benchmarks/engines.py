@@ -51,6 +51,7 @@ class Row:
     stage: str = "transformer"
     """`all` for the tiny model."""
     rest: str | None = None
+    split: int | None = None
 
     @property
     def tiny(self) -> bool:
@@ -60,7 +61,9 @@ class Row:
 ROWS = (
     Row("2b-bf16-sm89", ("sm89",), "bf16"),
     Row("2b-bf16-sm120", ("sm120",), "bf16"),
+    Row("2b-bf16-sm89-split", ("sm89",), "bf16", split=2),
     Row("2b-fp8-sm89", ("sm89",), "fp8"),
+    Row("2b-fp8-sm89-split", ("sm89",), "fp8", split=2),
     Row("2b-fp8-sm120", ("sm120",), "fp8"),
     Row("2b-fp8-both", ("sm89", "sm120"), "fp8"),
     Row("vae-decoder-tile-sm89", ("sm89",), "bf16", "vae_decoder"),
@@ -85,6 +88,8 @@ def command(row: Row, checkpoint: Path, ranges: Path, out: Path) -> list[str | P
         words += ["--calibration", ranges]
     if row.rest:
         words += ["--rest-precision", row.rest]
+    if row.split:
+        words += ["--split", str(row.split)]
     if row.stage == "vae_decoder":
         words += ["--vae-tile", TILE]
     return [*words, "--out", out]
@@ -129,7 +134,7 @@ def met(row: Row, found: Facts) -> dict[str, bool]:
 
 
 def facts(bundle: Path) -> Facts:
-    """Of each engine; run in a process of its own."""
+    """Of each stage's engines together; run in a process of its own."""
     from ltx_engines.bundle import open_bundle
     from ltx_export import engine_needs, engine_refusals
 
@@ -138,16 +143,20 @@ def facts(bundle: Path) -> Facts:
         stage, counts = engine.key.stage, engine.counts
         graph = opened.file(opened.stage(stage).file)
         wanted = engine_refusals.wanted(opened, engine.key, graph)
-        found[stage] = {
+        before = found.get(stage, {})
+        sums = {
             "engine": opened.manifest.files[engine.file].bytes,
-            "weights": engine_needs.weight_bytes(graph),
-            "activations": engine.activations,
             "kernels": counts["kernels"],
             "products": sum(n for what, n in counts.items() if what.startswith("products")),
-            "wanted_products": len(wanted.products) * wanted.profiles,
             "attentions": counts["fused attentions"],
-            "wanted_attentions": wanted.attentions * wanted.profiles,
             "score_kernels": counts["score kernels"],
+        }
+        found[stage] = {name: number + before.get(name, 0) for name, number in sums.items()} | {
+            "parts": before.get("parts", 0) + 1,
+            "weights": engine_needs.weight_bytes(graph),
+            "activations": max(engine.activations, before.get("activations", 0)),
+            "wanted_products": len(wanted.products) * wanted.profiles,
+            "wanted_attentions": wanted.attentions * wanted.profiles,
         }
     return found
 
