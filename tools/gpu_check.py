@@ -63,6 +63,7 @@ PARTS = (
     _own("memory", "peak memory, and the same clip with less of it", "onnxruntime"),
     _own("warm", "the second start beside the first"),
     _own("slices", "true-width 2B: bf16, fp8, int8, and what they run", "builder", after=None),
+    _own("swaps", "weights that come while another engine runs", "tensorrt_rtx", after="slices"),
     Part(
         "steps",
         "ms a step of 2B by engines: roofline, graphs, transfers, torch, diffusers",
@@ -100,6 +101,7 @@ def main(
         return
     try:
         chosen = choose(only)
+        check_place(out)
         found = check(chosen, out)
     except UserError as error:
         print(f"gpu_check: {error}", file=sys.stderr)
@@ -124,6 +126,24 @@ def choose(words: str) -> tuple[Part, ...]:
         raise UserError(f"no part {word!r}{nearest(word, known)}; parts are {', '.join(known)}")
     wanted |= {after for name in wanted if (after := known[name].after) is not None}
     return tuple(part for part in PARTS if part.name in wanted)
+
+
+def check_place(out: Path) -> None:
+    """Before hours of work that nobody could read: FILE can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; give the name of a file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--out {out} cannot be written: {error.strerror or error}; give another file"
+        ) from None
 
 
 def check(chosen: Sequence[Part], out: Path, look: Callable[[], Facts] = gpu_machine.look) -> Facts:

@@ -310,6 +310,13 @@ def attempt(work: Callable[[], Facts]) -> Facts:
         return {"failed": str(error)}
 
 
+def swaps(here: Here) -> Facts:
+    """How much of a load is hidden behind another engine's run, of the slice in bf16."""
+    script = ROOT / "tools/gpu_swaps.py"
+    _, text = run([sys.executable, script, here.work / "slice"])
+    return {"passed": True, **json.loads(text.splitlines()[-1])}
+
+
 def rtx(here: Here) -> Facts:
     """A small engine of TensorRT-RTX, made in each way that there is, and what becomes of it. A
     card that it knows must run its own; of any other card this is a question."""
@@ -328,7 +335,7 @@ def rtx(here: Here) -> Facts:
     return {"passed": not known or ways[2] in ran, "in_its_list": known, "runs": ran, "ways": rows}
 
 
-PARTS = (tiny, layers, ladder, clips, provider, lora, memory, warm, slices, rtx)
+PARTS = (tiny, layers, ladder, clips, provider, lora, memory, warm, slices, swaps, rtx)
 
 
 def main() -> int:

@@ -51,6 +51,7 @@ from ltx_engines.targets import Flavour
 
 MANIFEST = "manifest.json"
 AGAIN = "export the bundle again (ltx-export onnx)"
+BUILT_AGAIN = "build it again (ltx-export build-engine)"
 
 log = logging.getLogger(__name__)
 
@@ -85,13 +86,14 @@ class Bundle:
         return self.path / name
 
 
-def open_bundle(path: Path, *, cache: Path | None = None) -> Bundle:
-    """Read and check a bundle. `cache` is where large files' verification is remembered."""
+def open_bundle(path: Path, *, cache: Path | None = None, engines: bool = True) -> Bundle:
+    """Read and check a bundle, with or without its engines' files. `cache` remembers large ones."""
     manifest = _read(path)
     cache = Path(user_cache_dir("ltx-trt")) if cache is None else cache
-    files = _places(path, manifest)
+    built = {name for engine in manifest.engines for name in (engine.file, engine.layers)}
+    files = {n: f for n, f in _places(path, manifest).items() if engines or n not in built}
     for name, file in files.items():  # all sizes before the first hash: they cost nothing
-        _check_size(file, manifest.files[name].bytes)
+        _check_size(file, manifest.files[name].bytes, BUILT_AGAIN if name in built else AGAIN)
     for name, file in files.items():
         wanted = manifest.files[name].sha256
         if wanted is None:
@@ -100,7 +102,7 @@ def open_bundle(path: Path, *, cache: Path | None = None) -> Bundle:
         with _told(file):
             found = hashes.verify(file, wanted, cache)
         if found != wanted:
-            raise _other_hash(file, found, wanted)
+            raise _other_hash(file, found, wanted, BUILT_AGAIN if name in built else AGAIN)
     return Bundle(path, manifest)
 
 
@@ -117,7 +119,7 @@ def read(folder: Path) -> Manifest:
 def create(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write and `seal` a bundle in. It takes its place on success, else vanishes."""
     target = Path(os.path.realpath(folder))
-    _check_target(target, overwrite=overwrite)
+    check_target(target, overwrite=overwrite)
     temporary = target.with_name(f".{target.name}.{uuid4().hex[:8]}.partial")
     try:
         with _told(f"cannot write {folder}"):
@@ -126,7 +128,7 @@ def create(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield temporary
         if not (temporary / MANIFEST).is_file():
             raise ValueError(f"seal the bundle before create({folder}) ends")
-        _check_target(target, overwrite=overwrite)  # the export may have taken an hour
+        check_target(target, overwrite=overwrite)  # the export may have taken an hour
         with _told(f"cannot write {folder}"):
             _place(temporary, target)
     finally:
@@ -284,26 +286,26 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _size(file: Path) -> int:
+def _size(file: Path, again: str = AGAIN) -> int:
     if not os.path.lexists(file):
-        raise UserError(f"{file} is missing; copy it again or {AGAIN}")
+        raise UserError(f"{file} is missing; copy it again or {again}")
     with _told(file):
         stat = file.stat()
     if not S_ISREG(stat.st_mode):
-        raise UserError(f"{file} is not a regular file; {AGAIN}")
+        raise UserError(f"{file} is not a regular file; {again}")
     return stat.st_size
 
 
-def _check_size(file: Path, wanted: int) -> None:
-    if (found := _size(file)) != wanted:
+def _check_size(file: Path, wanted: int, again: str = AGAIN) -> None:
+    if (found := _size(file, again)) != wanted:
         raise UserError(
-            f"{file} has {found} bytes, the manifest says {wanted}; copy it again or {AGAIN}"
+            f"{file} has {found} bytes, the manifest says {wanted}; copy it again or {again}"
         )
 
 
-def _other_hash(file: Path, found: str, wanted: str) -> UserError:
+def _other_hash(file: Path, found: str, wanted: str, again: str = AGAIN) -> UserError:
     return UserError(
-        f"{file} has sha256 {found[:12]}, the manifest says {wanted[:12]}; copy it again or {AGAIN}"
+        f"{file} has sha256 {found[:12]}, the manifest says {wanted[:12]}; copy it again or {again}"
     )
 
 
@@ -334,7 +336,7 @@ def _entry(file: Path, name: str, hashing: Hashing) -> FileEntry:
     return FileEntry(bytes=size, modified_ns=file.stat().st_mtime_ns, sample=hashes.sample(file))
 
 
-def _check_target(target: Path, *, overwrite: bool) -> None:
+def check_target(target: Path, *, overwrite: bool) -> None:
     """Only nothing, an empty folder or, if so wished, a bundle and nothing else may give way."""
     if not os.path.lexists(target):
         return

@@ -15,6 +15,10 @@ Profile = dict[str, Range]
 """What an engine accepts at once: the sizes of each named axis of its stage."""
 
 
+WAY_OF_BUILDING = "way of building"
+"""The option that counts how often ltx-export came to make other engines of the same job."""
+
+
 class Part(Frozen):
     """Which of a transformer's blocks an engine computes: `first` to `end` - 1. It is number
     `index`, from 0, in a chain `of` so many engines."""
@@ -111,13 +115,18 @@ def _profiles(old: tuple[Profile, ...], new: tuple[Profile, ...]) -> Iterator[st
     if old == new:
         return
     if len(old) != len(new):
-        yield f"it has {len(old)} profiles, now there are {len(new)}"
+        are = "is" if len(new) == 1 else "are"
+        yield f"it has {_number(len(old), 'profile')}, now there {are} {len(new)}"
         return
     for index, (before, after) in enumerate(zip(old, new, strict=True)):
         for axis in sorted(before.keys() | after.keys()):
             if before.get(axis) != after.get(axis):
                 was, now = _said(before.get(axis)), _said(after.get(axis))
                 yield f"profile {index} has {axis} {was}, now it is {now}"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _said(sizes: Range | None) -> str:
@@ -128,6 +137,10 @@ def _said(sizes: Range | None) -> str:
 
 def _options(old: Mapping[str, int], new: Mapping[str, int]) -> Iterator[str]:
     for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
+        if old.get(name) == new.get(name):
+            continue
+        if name == WAY_OF_BUILDING:
+            yield "this ltx-export builds it differently"
+        else:
             was, now = old.get(name, "the builder's"), new.get(name, "the builder's")
             yield f"{name} was {was}, now it is {now}"

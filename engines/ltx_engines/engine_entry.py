@@ -16,9 +16,10 @@ from ltx_engines.cache_key import EngineKey, contents, targets
 from ltx_engines.errors import UserError
 from ltx_engines.file_entry import Count, Frozen
 from ltx_engines.targets import Flavour
+from ltx_engines.weight_inputs import SKIP
 
 if TYPE_CHECKING:
-    from ltx_engines.manifest import Manifest
+    from ltx_engines.manifest import Manifest, StageEntry
 
 
 class TensorEntry(Frozen):
@@ -35,6 +36,8 @@ class EngineEntry(Frozen):
     `file` and `layers`, the table of its kernels, are keys of Manifest.files; `counts` is the sum
     of the table (`ltx_export/layer_table.py`). `inputs` and `outputs` are this engine's own.
     `activations` are the bytes that it needs beside its weights in its largest profile.
+    `counted` is the compute capability that these and the table are of. `accepted` says what of the
+    table is not as it was asked for, and was built all the same (--allow-fallback).
     If its weights are inputs, `bound` has for each of them the tensor of the checkpoint, with
     `{block}` for a block's number; `blocks` are those that it computes, one after the other
     (`ltx_engines/weight_inputs.py`). The part in its key is then its place among such engines.
@@ -47,6 +50,8 @@ class EngineEntry(Frozen):
     outputs: tuple[TensorEntry, ...]
     activations: Annotated[int, Field(ge=0)]
     counts: dict[str, int] = Field(default_factory=dict)
+    counted: Count | None = None
+    accepted: tuple[str, ...] = ()
     refittable: bool = False
     weights: Literal["embedded", "inputs"] = "embedded"
     bound: dict[str, str] = Field(default_factory=dict)
@@ -79,27 +84,59 @@ def choose(
     if not current:
         raise UserError(f"{path}: {stale(manifest, fitting[-1])} since {stage} was built; {again}")
     found = list(chains(current))
-    whole = [chain for chain in found if not missing(chain)]
+    layers = manifest.model.num_layers
+    whole = [chain for chain in found if not missing(chain, layers)]
     if not whole:
-        raise UserError(f"{path}: the chain of {stage} lacks {missing(found[-1])}; {again}")
+        raise UserError(f"{path}: the chain of {stage} lacks {missing(found[-1], layers)}; {again}")
     fewest = min(len(chain[0].key.targets) for chain in whole)
     return [chain for chain in whole if len(chain[0].key.targets) == fewest][-1]
 
 
 def stale(manifest: "Manifest", engine: EngineEntry) -> str:
     """What changed in the bundle since the engine was built, or an empty string."""
-    if engine.weights == "inputs":  # of whatever graph and file, as long as the sizes are the same
-        return ""
     stage = manifest.stages[engine.key.stage]
+    if engine.weights == "inputs":  # of whatever graph and file, as long as the kinds are the same
+        return next(_other_kinds(manifest, stage, engine), "")
     weights = {name: manifest.files[name] for name in stage.weights}
     return "; ".join(contents(engine.key, manifest.files[stage.file].sha256, weights))
 
 
+def _other_kinds(manifest: "Manifest", stage: "StageEntry", engine: EngineEntry) -> Iterator[str]:
+    """What an engine that takes any weights takes or gives otherwise than the stage does now."""
+    if engine.key.recipe != (now := recipe(stage)):
+        yield f"the recipe was {engine.key.recipe or 'none'}, now it is {now or 'none'}"
+    ours = {tensor.name: tensor for tensor in (*stage.inputs, *stage.outputs)}
+    for tensor in (*engine.inputs, *engine.outputs):
+        if tensor.name in ours and (was := _kind(tensor)) != (is_now := _kind(ours[tensor.name])):
+            yield f"{tensor.name} was {was}, now it is {is_now}"
+    halves = {"float16", "bfloat16"} - {manifest.precision}
+    for tensor in engine.inputs:
+        if len(halves) == 1 and tensor.name in engine.bound and tensor.dtype in halves:
+            yield f"{tensor.name} was {tensor.dtype}, now it is {manifest.precision}"
+
+
+def _kind(tensor: TensorEntry) -> str:
+    """Its type and its fixed sizes; a piece has one row of the blocks' mask."""
+    axes = tensor.axes[1:] if tensor.name == SKIP else tensor.axes
+    sizes = (str(axis) if isinstance(axis, int) else "free" for axis in axes)
+    return f"{tensor.dtype} [{', '.join(sizes)}]"
+
+
+def recipe(stage: "StageEntry") -> str | None:
+    """As a key has it: the name, and the layers of each format."""
+    if stage.quantization is None:
+        return None
+    counts = (f"{count} {form}" for form, count in sorted(stage.quantization.layers.items()))
+    return f"{stage.quantization.recipe or 'without a name'} ({', '.join(counts)})"
+
+
 def chains(engines: Iterable[EngineEntry]) -> Iterator[Chain]:
-    """Those that belong together, whether all are there or not."""
+    """Those that belong together, whether all are there or not; last the one that was built last,
+    of which there is the last entry."""
     found: dict[str, list[EngineEntry]] = {}
     for engine in engines:
-        found.setdefault(f"{identity(engine.key)} {engine.weights}", []).append(engine)
+        name = f"{identity(engine.key)} {engine.weights}"
+        found[name] = [*found.pop(name, []), engine]
     for parts in found.values():
         yield tuple(sorted(parts, key=lambda engine: index(engine.key)))
 
@@ -115,8 +152,8 @@ def index(key: EngineKey) -> int:
     return key.part.index if key.part else 0
 
 
-def missing(chain: Chain) -> str:
-    """The parts that are not there, in words; nothing if all are."""
+def missing(chain: Chain, layers: int) -> str:
+    """The parts that are not there, of a stage of so many blocks; nothing if all are."""
     parts = [engine.key.part for engine in chain if engine.key.part]
     if not parts:
         return ""
@@ -124,9 +161,12 @@ def missing(chain: Chain) -> str:
     if gone:
         return f"part {' and '.join(str(number + 1) for number in gone)} of {parts[0].of}"
     if chain[0].weights == "inputs":  # one engine may serve all blocks
-        return ""
+        served = sorted(block for engine in chain for block in engine.blocks)
+        return "" if served == [*range(layers)] else f"blocks, it is not of these {layers}"
     follow = parts[0].first == 0 and all(one.end == next_.first for one, next_ in pairwise(parts))
-    return "" if follow else "blocks between its parts"
+    if not follow:
+        return "blocks between its parts"
+    return "" if parts[-1].end == layers else f"blocks, it ends at {parts[-1].end} of {layers}"
 
 
 def _cards(engine: EngineEntry) -> str:

@@ -1,5 +1,6 @@
 """TensorRT and TensorRT-RTX as packages: what they are called, and which version is installed."""
 
+import re
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError
@@ -29,7 +30,13 @@ def version(flavour: Flavour) -> str | None:
         return None
     for end in CUDA_MAJORS:
         try:
-            return installed(f"{module}{end}")
+            return released(installed(f"{module}{end}"))
         except PackageNotFoundError:
             continue
-    return str(import_module(module).__version__)  # unpacked by hand
+    return released(str(import_module(module).__version__))  # unpacked by hand
+
+
+def released(version: str) -> str:
+    """10.14.1.48.post1 -> 10.14.1.48: a package that was made again holds the same library, which
+    does not know of it."""
+    return re.sub(r"\.post\d+$", "", version)

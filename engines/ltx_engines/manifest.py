@@ -169,7 +169,26 @@ def loose_end(manifest: Manifest) -> str:
     for where, file in named.items():
         if file not in manifest.files:
             return f"{where} is {file!r}, which is not among files{nearest(file, manifest.files)}"
-    for engine in manifest.engines:  # a plan is code: nobody runs it unread
-        if manifest.files[engine.file].sha256 is None:
+    return _wrong_engine(manifest)
+
+
+ENGINE, LAYERS = ".engine", ".layers.json"
+"""How the names of an engine and of its table end."""
+
+
+def _wrong_engine(manifest: Manifest) -> str:
+    """What no builder writes of an engine, or an empty string."""
+    seen: dict[str, str] = {}
+    for index, engine in enumerate(manifest.engines):
+        for field, file, end in (("file", engine.file, ENGINE), ("layers", engine.layers, LAYERS)):
+            where = f"engines.{index}.{field}"
+            if not file.endswith(end):
+                return f"{where} is {file!r}, which does not end in {end}"
+            if (other := seen.setdefault(file, where)) != where:
+                return f"{where} is {file!r}, as {other} is"
+        if manifest.files[engine.file].sha256 is None:  # a plan is code: nobody runs it unread
             return f"files.{engine.file} is an engine and has no sha256"
+        targets = engine.key.targets
+        if not targets or [*targets] != sorted(set(targets)):
+            return f"engines.{index}.key.targets are {[*targets]}, wanted some, in order, each once"
     return ""

@@ -3,7 +3,8 @@
     cpu            float32 and float16 at opset 20 or 21; int8 as unsigned codes
     cuda           the same floats, with attention in one node where build-engine made the graph;
                    of quantized weights those that are widened before a product
-    tensorrt-rtx   builds an engine of the graph when a session opens: what build-engine takes
+    tensorrt-rtx   builds an engine of the graph when a session opens: what build-engine takes,
+                   also ONNX Runtime's own attention (in one kernel: TensorRT-RTX 1.7.1, 2026-11)
 
 Source of CUDA's gaps: ONNX Runtime's list of kernels and its issues 25740, 27873, 28476, 28768: no
 bfloat16 for Conv and for some of the rest, no product of fp8 codes, none of int8 codes.
@@ -81,11 +82,6 @@ def refusal(provider: Provider, stage: str, entry: "StageEntry") -> str | None:
 
 def _builder(stage: str, entry: "StageEntry", formats: tuple[str, ...]) -> str | None:
     outputs = {tensor.dtype for tensor in entry.outputs}
-    if MICROSOFT in entry.domains and not formats:
-        return (
-            f"stage {stage} has ONNX Runtime's own attention, which TensorRT-RTX does not read; "
-            f"export it again: ltx-export onnx --precision bfloat16 --opset {BUILDERS}"
-        )
     if formats and (entry.opset or BUILDERS) < BUILDERS:
         return (
             f"stage {stage} is quantized for ONNX Runtime's CPU (opset {entry.opset}); export it "

@@ -21,10 +21,11 @@ Flavour = Literal["tensorrt", "tensorrt-rtx"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 LEAST = MappingProxyType(
-    {"fp32": 75, "fp16": 75, "bf16": 80, "fp8": 89, "int8": 75, "int4": 80, "nvfp4": 100}
+    {"fp32": 80, "fp16": 75, "bf16": 80, "fp8": 89, "int8": 75, "int4": 80, "nvfp4": 100}
 )
 """The first compute capability that builds each precision (TensorRT-RTX 1.7.1, built for each SM on
-a CPU, 2026-11; nvfp4 on SM100 is TensorRT's, from its release notes)."""
+a CPU, 2026-11; nvfp4 on SM100 is TensorRT's, from its release notes). For SM75 it says that neither
+"FP32 GEMM" nor "FP32 3D convolution" is supported; elementwise kernels are."""
 
 RTX_CAPABILITIES = frozenset({75, 80, 86, 89, 120, 121})
 """What TensorRT-RTX 1.7.1 can build for (its enum ComputeCapability)."""
@@ -93,15 +94,18 @@ class Target:
         )
 
     def rate(self, precision: Precision) -> float:
-        """
+        """In fp32 any GPU computes, if only what is not a product.
+
         Raises:
             ValueError: the precision is not legal here.
         """
+        if precision == "fp32":
+            return self.fp32
         if reason := self.refusal(precision):
             raise ValueError(reason)
         arch = self.architecture
         relative = {"fp8": arch.fp8, "int8": arch.int8, "nvfp4": arch.nvfp4}
-        return self.fp32 if precision == "fp32" else self.fp16 * relative.get(precision, 1.0)
+        return self.fp16 * relative.get(precision, 1.0)
 
 
 GIB, GIGA, TERA = 2**30, 10**9, 10**12

@@ -51,6 +51,15 @@ DERIVED: Mapping[str, Derived] = MappingProxyType(
 )
 
 
+def root(axis: str) -> str:
+    """The axis of the latent grid that this one follows, else nothing. A timestep for each token
+    is a choice, not a size that follows."""
+    side, _, block = axis.partition("_")
+    if side in ("height", "width") and block.isdecimal():
+        return f"latent_{side}"
+    return DERIVED[axis].root if axis in DERIVED and axis != "timesteps" else ""
+
+
 def noise_axes(scales: Mapping[int, int]) -> dict[str, Derived]:
     """The axes of a noise input, `scales[block]` times the latent grid's."""
     return {

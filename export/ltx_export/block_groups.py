@@ -75,14 +75,21 @@ def number(graph: Path, layers: int, room: Room) -> int:
         UserError: even groups of one block cannot.
     """
     sizes = _sizes(graph, room.profiles)
-    problems = [sizes.problem(evenly(layers, of), room) for of in range(1, layers + 1)]
-    for of, problem in enumerate(problems, start=1):
-        if not problem:
+    for of in range(1, layers + 1):
+        if not sizes.problem(parts := evenly(layers, of), room):
             return of
+    helps = "ask for a smaller clip or fewer branches"
+    if sizes.of_host(parts, room):  # which no clip changes
+        helps = "give more with --host-memory, or build on a machine that has more"
     raise UserError(
-        f"one block in each of {layers} groups is too much: {problems[-1]}; ask for a smaller "
-        "clip or fewer branches, or say with --split how many groups are wanted all the same"
+        f"one block in each of {layers} groups is too much: {sizes.problem(parts, room)}; {helps}, "
+        "or say with --split how many groups are wanted all the same"
     )
+
+
+def fits(graph: Path, layers: int, of: int, room: Room) -> bool:
+    """Whether so many groups can be built and run."""
+    return of <= layers and not _sizes(graph, room.profiles).problem(evenly(layers, of), room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +106,21 @@ class _Sizes:
 
     def problem(self, parts: Sequence[Part], room: Room) -> str:
         """What there is too little of, or an empty string."""
-        from ltx_export import fitting, stage_plan
+        return self.of_host(parts, room) or self.of_card(parts, room)
 
-        weights = [self.weights(part) for part in parts]
-        build = stage_plan.BUILD_BASE + int(max(weights) * (1 + self.factor))
+    def of_host(self, parts: Sequence[Part], room: Room) -> str:
+        from ltx_export import stage_plan
+
+        largest = max(map(self.weights, parts))
+        build = stage_plan.BUILD_BASE + int(largest * (1 + self.factor))
         if room.memory is not None and build > room.memory:
             return f"a build takes {said(build)} of host memory, of {said(room.memory)}"
+        return ""
+
+    def of_card(self, parts: Sequence[Part], room: Room) -> str:
+        from ltx_export import fitting
+
+        weights = [self.weights(part) for part in parts]
         together = min(len(parts), 2)
         engines = sum(sorted(weights)[-together:]) + self.kernels * together // len(parts)
         for card in room.cards:

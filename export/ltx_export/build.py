@@ -15,16 +15,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed
-from importlib.util import find_spec
-from types import MappingProxyType
 from typing import IO, Any
 
+from ltx_engines import libraries
 from ltx_engines.errors import UserError
+from ltx_engines.libraries import COMMANDS as COMMANDS
+from ltx_engines.libraries import MODULES as MODULES
 from ltx_engines.targets import Flavour
 from ltx_export import card as cards
 from ltx_export import layer_table, timing_cache
@@ -35,18 +34,6 @@ from ltx_export.build_job import Shapes as Shapes
 from ltx_export.build_job import from_json
 from ltx_export.card import Card
 from ltx_export.mapped_weights import MappedWeights
-
-MODULES: Mapping[Flavour, str] = MappingProxyType(
-    {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-)
-COMMANDS: Mapping[Flavour, str] = MappingProxyType(
-    {
-        "tensorrt": "pip install tensorrt --extra-index-url https://pypi.nvidia.com",
-        "tensorrt-rtx": "pip install 'ltx-trt[tensorrt-rtx]'",
-    }
-)
-CUDA_MAJORS = ("", "-cu13", "-cu12")
-"""Ends of the distributions' names."""
 
 WORKSPACE_SHARE = 0.8
 """Of the memory that is free beside the weights, unless the user says. TensorRT would take all."""
@@ -60,15 +47,11 @@ def version(flavour: Flavour) -> str:
     Raises:
         UserError: there is none.
     """
-    module = MODULES[flavour]
-    if find_spec(module) is not None:
-        for end in CUDA_MAJORS:
-            try:
-                return installed(f"{module}{end}")
-            except PackageNotFoundError:
-                continue
-        return str(import_module(module).__version__)  # unpacked by hand
-    raise UserError(f"{module} is not installed, which builds for {flavour}; {COMMANDS[flavour]}")
+    if (found := libraries.version(flavour)) is None:
+        raise UserError(
+            f"{MODULES[flavour]} is not installed, which builds for {flavour}; {COMMANDS[flavour]}"
+        )
+    return found
 
 
 def build(job: Job, tell: Tell) -> Built:
@@ -79,12 +62,12 @@ def build(job: Job, tell: Tell) -> Built:
         UserError: the job is for another machine.
     """
     trt = import_module(MODULES[job.flavour])
-    if trt.__version__ != job.version:
+    if (loaded := libraries.released(str(trt.__version__))) != job.version:
         raise UserError(
-            f"{job.flavour} {trt.__version__} was loaded, {job.version} is installed; "
+            f"{job.flavour} {loaded} was loaded, {job.version} is installed; "
             f"repair it: {COMMANDS[job.flavour]}"
         )
-    at_hand = _check_card(job.targets) if job.flavour == "tensorrt" else None
+    at_hand = check_card(job.targets) if job.flavour == "tensorrt" else None
     log = _log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(_strongly_typed(trt))
@@ -127,6 +110,11 @@ def _config(trt: Any, builder: Any, job: Job) -> Any:
         config.num_compute_capabilities = len(job.targets)
         for index, target in enumerate(job.targets):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{target}"), index)
+        # Else memory may come from the driver while it runs, which no CUDA graph can hold. Streamed
+        # weights do so by nature, and RTX refuses to build both.
+        flag = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+        if flag is not None and not job.weight_streaming:
+            config.set_flag(flag)
     if job.optimization_level is not None:
         config.builder_optimization_level = job.optimization_level
     if job.workspace is not None:
@@ -202,7 +190,8 @@ def _log(trt: Any) -> Any:
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(" ".join(message.split()))
             elif message.startswith(ACTIVATIONS):
-                self.activations = int(message.removeprefix(ACTIVATIONS).split()[0])
+                size = int(message.removeprefix(ACTIVATIONS).split()[0])
+                self.activations = max(self.activations, size)  # a line for each profile
             elif layer_table.is_table(message):
                 self.tables.append(message)
 
@@ -251,7 +240,7 @@ def _monitor(trt: Any, tell: Callable[[dict[str, object]], None]) -> Any:
     return Monitor()
 
 
-def _check_card(targets: tuple[int, ...]) -> Card:
+def check_card(targets: tuple[int, ...]) -> Card:
     """TensorRT measures kernels on the card that it builds for."""
     found = cards.at_hand()
     if found is None:
@@ -291,7 +280,9 @@ def main() -> int:
         try:
             built = build(job, tell)
         except (BuildError, UserError, OSError) as error:
-            tell({"failed": str(error), "mendable": isinstance(error, UserError)})
+            kinds = {"mendable": UserError, "refused": BuildError}
+            said = {word: isinstance(error, kind) for word, kind in kinds.items()}
+            tell({"failed": str(error), **said})
             return 2
         tell({"built": asdict(built)})
         channel.flush()

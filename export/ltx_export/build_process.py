@@ -14,8 +14,18 @@ from ltx_export.build_job import Built, Job
 
 COMMAND = (sys.executable, "-m", "ltx_export.build")
 
+CRASHES = frozenset({signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV})
+"""Signals by which a process ends itself; others come from outside."""
+
+NO_MEMORY = "bad_alloc"
+"""In the last words of a C++ program that ends for want of memory."""
+
 PATIENCE = 5
 """Seconds that a process has to end when it is asked to."""
+
+
+class RefusalError(UserError):
+    """The builder does not take the graph: it said so, or crashed over it."""
 
 
 def run(job: Job, what: str) -> Generator[str, None, Built]:
@@ -24,7 +34,8 @@ def run(job: Job, what: str) -> Generator[str, None, Built]:
     Closing the generator, or an exception in it, ends the process.
 
     Raises:
-        UserError: the builder refused, crashed, or was killed.
+        RefusalError: the builder refused, or crashed.
+        UserError: it could not begin, could not write, or was killed.
     """
     with (
         TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
@@ -91,7 +102,7 @@ def _result(last: dict[str, Any], code: int, job: Job, errors: IO[str]) -> Built
         raise UserError(last["failed"])
     name = f"{job.graph.name} was not built by {job.flavour} {job.version}"
     if "failed" in last:
-        raise UserError(f"{name}: {last['failed']}")
+        raise (RefusalError if last.get("refused") else UserError)(f"{name}: {last['failed']}")
     if code == -signal.SIGKILL:
         raise UserError(
             f"{name}: it was killed, most likely for want of host memory; build fewer "
@@ -100,4 +111,5 @@ def _result(last: dict[str, Any], code: int, job: Job, errors: IO[str]) -> Built
     errors.seek(0)
     *_, said = ["it said nothing", *filter(str.strip, errors.read().splitlines())]
     how = f"signal {-code}" if code < 0 else f"code {code}"
-    raise UserError(f"{name}: it ended with {how} ({said.strip()[:200]})")
+    kind = RefusalError if -code in CRASHES and NO_MEMORY not in said else UserError
+    raise kind(f"{name}: it ended with {how} ({said.strip()[:200]})")

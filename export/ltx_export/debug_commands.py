@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ltx_engines.errors import UserError
 from ltx_export.console import check_packages
 from ltx_export.quantization_commands import followed
 
@@ -18,8 +19,12 @@ class Builders(StrEnum):
 
 
 def debug_layers(
-    bundle: Annotated[Path, typer.Argument(help="A bundle of graphs.")],
-    stage: Annotated[str, typer.Option(help="Of the bundle.")] = "transformer",
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE|ONNX", help="Graphs, or one graph of a bundle.")
+    ],
+    stage: Annotated[
+        str | None, typer.Option(help="Of the bundle; else the graph's, or the transformer.")
+    ] = None,
     gpu: Annotated[
         list[str], typer.Option(help="rtx4090, sm89, ...; may be repeated; else the one at hand.")
     ] = [],  # noqa: B006 - typer copies it
@@ -34,10 +39,15 @@ def debug_layers(
     code 1 if there are any."""
     check_packages("debug-layers")
     from ltx_export import debug_layers as debugging
-    from ltx_export import refused_nodes
+    from ltx_export import engine_source, refused_nodes
+    from ltx_export.onnx_transformer import STAGE
 
+    home, own = engine_source.resolve(bundle, None)
+    named = stage or (own or (STAGE,))[0]
+    if own is not None and named not in own:
+        raise UserError(f"{bundle} is the stage {own[0]}, not {named}; leave out --stage")
     order = debugging.Order(
-        bundle, stage, tuple(gpu), shape, branches, backend.value if backend else None
+        home, named, tuple(gpu), shape, branches, backend.value if backend else None
     )
     seconds, found = followed(debugging.run(order))
     if as_json:

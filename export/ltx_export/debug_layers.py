@@ -137,7 +137,7 @@ def _refused(target: Target, scratch: Path) -> Generator[str, None, Refused | No
         try:
             for _ in build_process.run(target.job(graph), what):
                 yield f"building: {what}"
-        except UserError as error:
+        except build_process.RefusalError as error:
             return str(error).removeprefix(f"{graph.name} was not built by ")
         return None
 

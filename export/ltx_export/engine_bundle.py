@@ -9,26 +9,30 @@ names: files first, manifest next, then the old files go. Those of a chain go wh
 new one are there.
 """
 
+import hashlib
+import logging
 import os
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from platformdirs import user_cache_dir
 
-from ltx_engines import bundle, file_lock, hashes
-from ltx_engines.bundle import Bundle, EngineEntry, FileEntry
+from ltx_engines import bundle, cache_key, engine_entry, hashes
+from ltx_engines.bundle import Bundle, EngineEntry, FileEntry, Manifest
 from ltx_engines.errors import UserError
-from ltx_engines.stages import SAMPLER_STEP
+from ltx_engines.stages import SAMPLER_STEP, sampler_step
 from ltx_export import (
     build_process,
     engine_cache,
+    engine_files,
     engine_jobs,
     engine_needs,
     engine_profiles,
     engine_refusals,
+    engine_source,
     engine_work,
     known_bad,
     layer_table,
@@ -44,6 +48,8 @@ from ltx_export.engine_work import Work
 
 BUILDING = "-building"
 """End of the name of the folder, beside the bundle's, in which engines are written."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,24 +82,78 @@ class Checked:
 
 
 def check(folder: Path, order: Order) -> Checked:
-    """
+    """Engines whose files are not as the manifest says are left out of the bundle on the way.
+
     Raises:
         UserError: it is no bundle, or something of the order cannot be built.
     """
-    opened = bundle.open_bundle(folder)
+    opened = bundle.open_bundle(folder, engines=False)
     stages = _stages(opened, order)
     if order.vae_tile is not None and not engine_profiles.VAE & set(stages):
         raise UserError("--vae-tile is for the VAE, which is not among the stages; leave it out")
     if order.split is not None and STAGE not in stages:
         raise UserError("--split is for the transformer, which is not among the stages")
+    if order.engine_weights == "inputs" and STAGE not in stages:
+        raise UserError("--engine-weights is for the transformer, which is not among the stages")
+    if order.refittable and STAGE not in stages:
+        raise UserError("--refittable is for the transformer, which is not among the stages")
     for stage in stages:
-        engine_refusals.check(stage, opened.stage(stage), cards(order))
+        entry, fallback = opened.stage(stage), order.allow_fallback
+        engine_refusals.check(stage, entry, cards(order), fallback=fallback)
+    opened, lost = _without_harmed(opened)
     built = stages
     if STAGE in stages:
         opened, built = _with_step(opened), (*stages, SAMPLER_STEP)
     keys = [engine_work.keys(opened, stage, order) for stage in built]
+    if not order.allow_fallback:
+        engine_refusals.check_kept(opened, [key for chain in keys for key in chain])
     work = tuple(work for chain in keys for work in engine_work.works(opened, chain))
-    return Checked(order, opened, work, stages)
+    return Checked(order, opened, _with_harm(work, lost), stages)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    engine: EngineEntry
+    reason: str
+
+
+def _without_harmed(opened: Bundle) -> tuple[Bundle, tuple[_Lost, ...]]:
+    """What is left of the engines: the others are built again when they are wanted."""
+    engines = opened.manifest.engines
+    said = [_Lost(engine, engine_files.harm(opened, engine)) for engine in engines]
+    lost = tuple(one for one in said if one.reason)
+    if not lost:
+        return opened, ()
+    for one in lost:
+        log.warning("%s is left out: %s", one.engine.file, one.reason)
+    gone = {name for one in lost for name in (one.engine.file, one.engine.layers)}
+    manifest = _without(opened.manifest, gone)
+    bundle.update(opened.path, manifest)
+    engine_files.remove_strays(opened.path)
+    return Bundle(opened.path, manifest), lost
+
+
+def _without(manifest: Manifest, gone: Collection[str]) -> Manifest:
+    """Without these files of engines."""
+    files = {name: file for name, file in manifest.files.items() if name not in gone}
+    engines = tuple(engine for engine in manifest.engines if engine.file not in gone)
+    return manifest.model_copy(update={"files": files, "engines": engines})
+
+
+def _with_harm(works: Sequence[Work], lost: Sequence[_Lost]) -> tuple[Work, ...]:
+    """An engine that would be there but for its files says so."""
+    why = []
+    for work in works:
+        same = (
+            one.reason
+            for one in lost
+            if one.engine.key.stage == work.key.stage
+            and one.engine.key.part == work.key.part
+            and not cache_key.difference(one.engine.key, work.key)
+        )
+        reason = next(same, None)
+        why.append(work if reason is None else replace(work, reasons=(reason,)))
+    return tuple(why)
 
 
 def _stages(opened: Bundle, order: Order) -> tuple[str, ...]:
@@ -106,35 +166,73 @@ def _stages(opened: Bundle, order: Order) -> tuple[str, ...]:
 
 def _with_step(opened: Bundle) -> Bundle:
     """The bundle with the graph of the sampler's step, which follows from the transformer's."""
-    if SAMPLER_STEP in opened.manifest.stages:
+    made_of = _step_made_of(opened)
+    present = SAMPLER_STEP in opened.manifest.stages
+    if present and opened.manifest.toolchain.get(engine_source.STEP_MADE_OF) == made_of:
         return opened
     from ltx_export import step_graph  # late: an answer that all is up to date needs no onnx
 
-    with _locked(opened.path):
-        return step_graph.add(Bundle(opened.path, bundle.read(opened.path)))
+    added = step_graph.add(opened).manifest
+    toolchain = {**added.toolchain, engine_source.STEP_MADE_OF: made_of}
+    manifest = added.model_copy(update={"toolchain": toolchain})
+    bundle.update(opened.path, manifest)
+    return Bundle(opened.path, manifest)
+
+
+def _step_made_of(opened: Bundle) -> str:
+    """Of the text that makes it, and of the transformer that it goes with."""
+    text = Path(__file__).with_name("step_graph.py").read_bytes()
+    transformer = opened.stage(STAGE)
+    tables = [tensor.model_dump_json() for tensor in (*transformer.inputs, *transformer.outputs)]
+    facts = repr((sampler_step(1), transformer.opset, tables)).encode()
+    return hashlib.sha256(text + facts).hexdigest()[:16]
 
 
 def write(checked: Checked) -> Iterator[str]:
     """Build what is missing. Yields how far it is; each engine is in the bundle when it is built.
 
     Raises:
-        UserError: another build is at work here, or the builder refuses.
+        UserError: the machine is too small, or the builder refuses.
     """
     path = checked.bundle.path
-    with _alone(path) as folder:
-        _remove_strays(path)
+    with _scratch(path) as folder:
+        engine_files.remove_strays(path)
         pieces = engine_jobs.pieces(checked.bundle, checked.work, folder)
         jobs = [engine_jobs.job(w, pieces[w.name], checked.order, folder) for w in checked.work]
-        engine_needs.check(jobs, ignored=checked.order.ignore_limits)
+        cached = _cached(checked, jobs)
+        missing = [job for job in jobs if job.engine not in cached]
+        _check_volumes(checked)
+        engine_needs.check(missing, ignored=checked.order.ignore_limits)
         for work, job in zip(checked.work, jobs, strict=True):
-            built = yield from _built(checked, work, job)
+            built = yield from _built(checked, work, job, cached.get(job.engine))
             piece = pieces[work.name]
-            counts = _judge(checked, work, job)
-            if (cache := checked.order.cache) is not None:
-                engine_cache.keep(cache, work.key, job, built)
+            judged = _judge(checked, work, job)
             last = all(work.key.stage != other.key.stage for other in _after(checked, work))
-            _place(path, _Finished(work, piece, built, counts, last), folder)
+            _place(path, _Finished(work, piece, built, judged, last), folder)
+            if (cache := checked.order.cache) is not None:
+                engine, layers = path / job.engine.name, path / job.layers.name
+                placed = replace(job, engine=engine, layers=layers)
+                engine_cache.keep(cache, work.key, placed, built)
         yield "checking what was built"
+
+
+def _check_volumes(checked: Checked) -> None:
+    from ltx_export import engine_volumes  # late, as all that needs onnx
+
+    engine_volumes.check(checked.bundle, [work.key for work in checked.work], checked.order)
+
+
+def _cached(checked: Checked, jobs: Sequence[Job]) -> dict[Path, Built]:
+    """What the cache has, linked to where the jobs would write it."""
+    cache = checked.order.cache
+    if cache is None:
+        return {}
+    engine_cache.check(cache)
+    found = {
+        job.engine: engine_cache.take(cache, work.key, job)
+        for work, job in zip(checked.work, jobs, strict=True)
+    }
+    return {engine: built for engine, built in found.items() if built is not None}
 
 
 def _after(checked: Checked, work: Work) -> tuple[Work, ...]:
@@ -142,11 +240,12 @@ def _after(checked: Checked, work: Work) -> tuple[Work, ...]:
     return checked.work[names.index(work.name) + 1 :]
 
 
-def _built(checked: Checked, work: Work, job: Job) -> Generator[str, None, Built]:
+def _built(
+    checked: Checked, work: Work, job: Job, kept: Built | None
+) -> Generator[str, None, Built]:
     """From the cache, or by a builder."""
-    cache = checked.order.cache
-    if cache is not None and (kept := engine_cache.take(cache, work.key, job)) is not None:
-        yield f"engine of {work.what} from {cache}"
+    if kept is not None:
+        yield f"engine of {work.what} from {checked.order.cache}"
         return kept
     return (yield from build_process.run(job, f"engine of {work.what}"))
 
@@ -158,7 +257,7 @@ def report(folder: Path, checked: Checked) -> Iterator[str]:
         engine = next(engine for engine in manifest.engines if engine.key == work.key)
         size = manifest.files[engine.file].bytes / 1e6
         counts = ", ".join(f"{number} {what}" for what, number in engine.counts.items())
-        yield f"{work.what}: {size:,.1f} MB; {counts}"
+        yield f"{work.what}: {size:,.1f} MB; {counts}{layer_table.of_one(engine.key.targets)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,22 +267,31 @@ class _Finished:
     work: Work
     piece: Piece
     built: Built
-    counts: dict[str, int]
+    judged: "_Judged"
     last: bool
 
 
-def _judge(checked: Checked, work: Work, job: Job) -> dict[str, int]:
-    """The sum of the layer table, if the engine is what was asked for."""
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """The sum of a layer table, and what in it is not as it was asked for."""
+
+    counts: dict[str, int]
+    accepted: tuple[str, ...]
+
+
+def _judge(checked: Checked, work: Work, job: Job) -> _Judged:
+    """
+    Raises:
+        UserError: the engine is not what was asked for, and that is not to be accepted.
+    """
     table = layer_table.read(job.layers)
     wanted = engine_refusals.wanted(checked.bundle, work.key, job.graph)
-    if (problems := layer_table.problems(table, wanted)) and not checked.order.allow_fallback:
-        raise UserError(
-            f"the engine of {work.what} is not what the recipe says: {'; '.join(problems)}; "
-            "--allow-fallback accepts it"
-        )
+    problems = tuple(layer_table.problems(table, wanted))
+    if problems and not checked.order.allow_fallback:
+        raise UserError(engine_refusals.not_as_asked(work.what, problems))
     for problem in problems:
         engine_refusals.log.warning("%s: %s", work.what, problem)
-    return layer_table.counts(table, wanted)
+    return _Judged(layer_table.counts(table, wanted), problems)
 
 
 def _place(path: Path, finished: _Finished, folder: Path) -> None:
@@ -199,7 +307,9 @@ def _place(path: Path, finished: _Finished, folder: Path) -> None:
         inputs=finished.piece.entry.inputs,
         outputs=finished.piece.entry.outputs,
         activations=built.activations,
-        counts=finished.counts,
+        counts=finished.judged.counts,
+        counted=layer_table.listed(work.key.targets),
+        accepted=finished.judged.accepted,
         refittable=refittable.OPTION in work.key.options,
         weights="inputs" if finished.piece.bound else "embedded",
         bound=dict(finished.piece.bound),
@@ -212,43 +322,34 @@ def _place(path: Path, finished: _Finished, folder: Path) -> None:
         ),
     }
     manifest = bundle.read(path)  # an earlier engine of this run is in it
-    old = work.old if finished.last else ()
-    gone = {name for e in old for name in (e.file, e.layers)}
-    kept = {name: file for name, file in manifest.files.items() if name not in gone}
-    engines = [e for e in manifest.engines if e.file not in gone]
+    old = (*work.old, *_useless(manifest, work)) if finished.last else ()
+    kept = _without(manifest, {engine, *(name for e in old for name in (e.file, e.layers))})
     bundle.update(
         path,
-        manifest.model_copy(update={"files": kept | files, "engines": (*engines, entry)}),
+        kept.model_copy(update={"files": kept.files | files, "engines": (*kept.engines, entry)}),
     )
     hashes.remember(path / engine, built.sha256, Path(user_cache_dir("ltx-trt")))
-    _remove_strays(path)
+    engine_files.remove_strays(path)
 
 
-def _remove_strays(path: Path) -> None:
-    """Engines that a killed build has left, and those that were replaced."""
-    manifest = bundle.read(path)
-    for end in ("*.engine", "*.layers.json"):
-        for file in path.glob(end):
-            if file.name not in manifest.files:
-                file.unlink()
+def _useless(manifest: Manifest, work: Work) -> Iterator[EngineEntry]:
+    """Engines of the stage, for other GPUs too, that nothing runs: of other graphs or weights."""
+    for engine in manifest.engines:
+        if engine.key.stage != work.key.stage or engine in work.old:
+            continue
+        if why := engine_entry.stale(manifest, engine):
+            log.warning("%s is deleted: %s since it was built", engine.file, why)
+            yield engine
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[Path]:
-    """An empty folder beside the bundle, for the one process that builds there."""
+def _scratch(path: Path) -> Iterator[Path]:
+    """An empty folder beside the bundle, for the one process that builds there
+    (`file_lock.building`)."""
     folder = path.resolve().with_name(f".{path.resolve().name}{BUILDING}")
-    with _locked(path):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with file_lock.alone(path) as alone:
-        if not alone:
-            raise UserError(f"{path} is being built by another process; wait for it")
-        yield
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)

@@ -51,6 +51,21 @@ def take(folder: Path, key: EngineKey, job: Job) -> Built | None:
     return None
 
 
+def check(folder: Path) -> None:
+    """Before hours of building.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    probe = folder / f".{uuid4().hex[:8]}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
 def keep(folder: Path, key: EngineKey, job: Job, built: Built) -> None:
     """Add what was built, unless it was taken from here.
 
@@ -74,12 +89,16 @@ def keep(folder: Path, key: EngineKey, job: Job, built: Built) -> None:
         partial.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(partial, note)
     except OSError as error:
-        raise UserError(
-            f"cannot keep an engine in {folder} ({error.strerror}); give another --cache, or none"
-        ) from None
+        raise _unwritable(folder, error) from None
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot keep an engine in {folder} ({error.strerror}); give another --cache, or none"
+    )
 
 
 def _digest(key: EngineKey) -> str:

@@ -30,6 +30,9 @@ def _flavour(backend: Backends) -> Flavour:
 
 GIB = 2**30
 
+MOST = 2**20
+"""GiB that nobody has: a petabyte."""
+
 log = logging.getLogger(__name__)
 
 
@@ -136,11 +139,13 @@ def build_engine(  # noqa: PLR0913 - options of a command
     """Build engines for GPUs that, with TensorRT-RTX, need not be there; or see that ONNX Runtime's
     GPU providers take the graphs."""
     check_packages("build-engine")
+    from ltx_engines import file_lock
     from ltx_engines.byte_sizes import parse
     from ltx_export import (
         block_groups,
         engine_bundle,
         engine_numbers,
+        engine_refusals,
         engine_source,
         onnxruntime_bundle,
     )
@@ -159,7 +164,7 @@ def build_engine(  # noqa: PLR0913 - options of a command
         branches=branches,
         per_token=per_token,
         optimization_level=optimization_level,
-        workspace=None if workspace is None else int(workspace * GIB),
+        workspace=None if workspace is None else _bytes(workspace),
         allow_fallback=allow_fallback,
         vae_tile=vae_tile,
         weight_streaming=weight_streaming,
@@ -185,23 +190,32 @@ def build_engine(  # noqa: PLR0913 - options of a command
         ignore_config_keys=tuple(ignore_config_key),
     )
     reader: Reader = "onnxruntime-gpu" if on_graphs else "builder"
-    seconds = follow(engine_source.prepare(graphs, numbers, reader))
-    if on_graphs:
-        for line in onnxruntime_bundle.write(onnxruntime_bundle.check(graphs.out, order)):
+    with file_lock.building(graphs.out):
+        if not on_graphs and not engine_source.is_bundle(source):
+            engine_refusals.check_floats(graphs, numbers, cards, fallback=allow_fallback)
+        seconds = follow(engine_source.prepare(graphs, numbers, reader))
+        if on_graphs:
+            for line in onnxruntime_bundle.write(onnxruntime_bundle.check(graphs.out, order)):
+                typer.echo(line)
+            return
+        checked = engine_bundle.check(graphs.out, order)
+        for reason in checked.reasons():
+            typer.echo(reason)
+        if not checked.work:
+            typer.echo(f"{graphs.out}: up to date ({', '.join(checked.stages)})")
+            return
+        for sentence in checked.warnings():
+            log.warning("%s", sentence)
+        seconds += follow(engine_bundle.write(checked))
+        for line in engine_bundle.report(graphs.out, checked):
             typer.echo(line)
-        return
-    checked = engine_bundle.check(graphs.out, order)
-    for reason in checked.reasons():
-        typer.echo(reason)
-    if not checked.work:
-        typer.echo(f"{graphs.out}: up to date ({', '.join(checked.stages)})")
-        return
-    for sentence in checked.warnings():
-        log.warning("%s", sentence)
-    seconds += follow(engine_bundle.write(checked))
-    for line in engine_bundle.report(graphs.out, checked):
-        typer.echo(line)
-    typer.echo(f"{graphs.out}: {checked.built()} in {seconds:.1f} s")
+        typer.echo(f"{graphs.out}: {checked.built()} in {seconds:.1f} s")
+
+
+def _bytes(workspace: float) -> int:
+    if not 0 < workspace <= MOST:  # nor is nan
+        raise UserError(f"--workspace {workspace}: give GiB, at most {MOST:,}")
+    return int(workspace * GIB)
 
 
 COMMANDS = (build_engine,)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx_engines import bundle, hashes
-from ltx_engines.bundle import EngineEntry, Manifest
+from ltx_engines.bundle import EngineEntry, FileEntry, Manifest
 from ltx_engines.errors import UserError, nearest
 from ltx_export import card, layer_table
 from ltx_export.layer_table import CODES, Layer
@@ -27,14 +27,16 @@ MOVES = re.compile(r"__my[el]l?_(?:Move|Resh|Tran|Slic|Repl|Conc)+_my")
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """An engine of a bundle and its table. `inspector` is what the engine says of itself, as JSON,
-    or `without`, why it does not."""
+    """An engine of a bundle and its table, which has been seen to be the one that was built; of the
+    engine itself that is `hashed`. `inspector` is what the engine says of itself, as JSON, or
+    `without`, why it does not."""
 
     entry: EngineEntry
     bytes: int
     table: tuple[Layer, ...]
     inspector: Any = None
     without: str = ""
+    hashed: bool = False
 
     @property
     def counts(self) -> dict[str, int]:
@@ -43,7 +45,7 @@ class Engine:
         codes = Counter(layer.codes for layer in self.table if layer.codes)
         found = {f"{form} gemms": codes[word] for form, word in CODES.items() if codes[word]}
         return {
-            "kernels": len(self.table),
+            "kernels": sum(layer.is_kernel for layer in self.table),
             **found,
             "other gemms": sum(_is_gemm(layer) and not layer.codes for layer in self.table),
             "fused attentions": layer_table.attentions(self.table),
@@ -109,21 +111,26 @@ def _read(folder: Path, manifest: Manifest, entry: EngineEntry) -> Engine:
                 f"{file} is not the file of {said.bytes:,} bytes that the manifest names; "
                 "build the engine again (ltx-export build-engine)"
             )
+    _check_hash(folder / entry.layers, manifest.files[entry.layers])
     table, size = layer_table.read(folder / entry.layers), manifest.files[entry.file].bytes
     if (here := _elsewhere(entry)) is not None:
         return Engine(entry, size, table, without=here)
     from ltx_export import polygraphy_engine
 
-    if hashes.sha256(folder / entry.file) != manifest.files[entry.file].sha256:
-        raise UserError(  # a plan is code
-            f"{folder / entry.file} is not the one that was built: its hash is another; "
-            "build the engine again (ltx-export build-engine)"
-        )
+    _check_hash(folder / entry.file, manifest.files[entry.file])  # a plan is code
     try:
         text = polygraphy_engine.inspected(entry.key.flavour, folder / entry.file)
     except UserError as error:
-        return Engine(entry, size, table, without=str(error))
-    return Engine(entry, size, table, inspector=json.loads(text))
+        return Engine(entry, size, table, without=str(error), hashed=True)
+    return Engine(entry, size, table, inspector=json.loads(text), hashed=True)
+
+
+def _check_hash(file: Path, said: FileEntry) -> None:
+    if hashes.sha256(file) != said.sha256:
+        raise UserError(
+            f"{file} is not the one that was built: its hash is another; "
+            "build the engine again (ltx-export build-engine)"
+        )
 
 
 def _elsewhere(entry: EngineEntry) -> str | None:
@@ -143,6 +150,8 @@ def document(engines: tuple[Engine, ...]) -> list[dict[str, Any]]:
             "bytes": engine.bytes,
             "activations": engine.entry.activations,
             "counts": engine.counts,
+            "counted": engine.entry.counted,
+            "accepted": engine.entry.accepted,
             "layers": [
                 asdict(layer)
                 | {"nodes": sorted(layer.nodes), "precision": precision(layer)}
@@ -151,6 +160,7 @@ def document(engines: tuple[Engine, ...]) -> list[dict[str, Any]]:
             ],
             "inspector": engine.inspector,
             "no_inspector": engine.without or None,
+            "engine_hashed": engine.hashed,
         }
         for engine in engines
     ]
@@ -171,10 +181,14 @@ def lines(engines: tuple[Engine, ...], *, layers: bool) -> Iterator[str]:
         )
         if key.recipe:
             yield f"  recipe: {key.recipe}"
-        yield f"  {', '.join(f'{number:,} {what}' for what, number in engine.counts.items())}"
-        types = Counter(map(precision, engine.table))
+        counts = ", ".join(f"{number:,} {what}" for what, number in engine.counts.items())
+        yield f"  {counts}{layer_table.of_one(key.targets)}"
+        if engine.entry.accepted:
+            yield f"  accepted though not as asked: {'; '.join(engine.entry.accepted)}"
+        kernels = [layer for layer in engine.table if layer.is_kernel]
+        types = Counter(map(precision, kernels))
         yield f"  kernels by type: {', '.join(f'{n:,} {kind}' for kind, n in types.most_common())}"
-        for layer in engine.table if layers else ():
+        for layer in kernels if layers else ():
             yield f"    {precision(layer):<9} {layer.kind:<15} {_short(layer)}"
         yield f"  source: {_source(engine)}"
 
@@ -187,6 +201,7 @@ def _short(layer: Layer) -> str:
 
 def _source(engine: Engine) -> str:
     kept = f"the builder's table, saved with the engine ({engine.entry.layers})"
+    kept += ", both as built" if engine.hashed else ", as built; the engine's own hash was not read"
     if engine.inspector is None:
         return f"{kept}; not the engine's own inspector: {engine.without}"
     return f"{kept}; --json has the engine's own inspector too"

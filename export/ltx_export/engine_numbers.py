@@ -58,7 +58,7 @@ def read(words: Words) -> Numbers:
     Raises:
         UserError: there is no such precision or recipe, or the words contradict each other.
     """
-    rest = None if words.rest_precision is None else _float(words.rest_precision)
+    rest = None if words.rest_precision is None else _rest(words.rest_precision)
     word = words.precision
     if word is not None and word not in SHIPPED:
         if words.recipe is not None or rest is not None:
@@ -76,13 +76,28 @@ def read(words: Words) -> Numbers:
 
 
 def _float(word: str) -> FloatType:
-    pairs = [*FLOATS.items(), *((long, long) for long in FLOATS.values())]
-    known: dict[str, FloatType] = dict(pairs)
+    known = _floats()
     if word not in known:
         every = (*known, *SHIPPED)
         raise UserError(
             f"unknown precision {word!r}{nearest(word, every)}; known are {', '.join(FLOATS)} and, "
             f"of the transformer alone, {', '.join(SHIPPED)}"
+        )
+    return known[word]
+
+
+def _floats() -> dict[str, FloatType]:
+    """By their short names and by their long ones."""
+    return {name: long for short, long in FLOATS.items() for name in (str(short), long)}
+
+
+def _rest(word: str) -> FloatType:
+    """float32 is not among them: around quantized layers, no attention would have a kernel."""
+    known = {name: long for name, long in _floats().items() if long != "float32"}
+    if word not in known:
+        raise UserError(
+            f"--rest-precision {word}: it is of what is not quantized, fp16 or bf16"
+            f"{nearest(word, known)}"
         )
     return known[word]
 
@@ -167,16 +182,22 @@ def written(numbers: Numbers, checkpoint: Path, scratch: Path) -> Generator[str,
     found = _entry(header)
     if found is None and numbers.recipe is None:
         return Written(checkpoint, numbers.floats)
-    floats = numbers.floats or _sixteen_bits(header)
+    wanted = floats(numbers, header)
     if found is not None:
         if numbers.recipe is not None:
             _check_agrees(numbers.recipe, str(checkpoint), found)
         if numbers.calibration is not None:
             raise UserError(f"{checkpoint} is quantized already; leave out --calibration")
-        return Written(checkpoint, floats)
+        return Written(checkpoint, wanted)
     target = scratch / f"{checkpoint.stem}-{_recipe(numbers).name}.safetensors"
     yield from _quantized(numbers, header, target)
-    return Written(target, floats)
+    return Written(target, wanted)
+
+
+def floats(numbers: Numbers, header: Header) -> FloatType | None:
+    """Of all that is not quantized; None: their own."""
+    quantized = numbers.recipe is not None or _entry(header) is not None
+    return numbers.floats or (_sixteen_bits(header) if quantized else None)
 
 
 def is_quantized(checkpoint: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import Literal
 from ltx_engines import targets
 from ltx_engines.errors import UserError
 from ltx_engines.targets import Flavour, Target
-from ltx_export import build, engine_profiles, engine_refusals, refittable
+from ltx_export import engine_profiles, engine_refusals, refittable
 from ltx_export.block_groups import Split
 
 
@@ -42,14 +42,32 @@ def check_early(order: Order) -> tuple[Target, ...]:
         UserError: a GPU or a clip that there is not, or no builder for them.
     """
     found = cards(order)
-    build.version(engine_refusals.flavour(found, order.backend))
+    engine_refusals.check_machine(engine_refusals.flavour(found, order.backend), found)
     for word in (*order.shapes, *filter(None, [order.vae_tile])):
         engine_profiles.ends(word)
     if order.host_memory is not None and order.split != "auto":
         raise UserError("--host-memory is for --split auto; give both, or leave it out")
+    if order.engine_weights == "inputs":
+        check_inputs(order)
     if order.refittable:
         refittable.check(order.engine_weights)
     return found
+
+
+def check_inputs(order: Order) -> None:
+    """
+    Raises:
+        UserError: an option does not go with weights that are inputs.
+    """
+    for option, value in (
+        ("--split", order.split),
+        ("--weight-streaming", order.weight_streaming),
+    ):
+        if value:
+            raise UserError(
+                f"{option} is for engines that hold their weights; leave it out with "
+                "--engine-weights inputs, where weights that do not fit are streamed anyway"
+            )
 
 
 def cards(order: Order) -> tuple[Target, ...]:

@@ -2,20 +2,25 @@
 must be."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 
+from ltx_engines import cache_key
 from ltx_engines.bundle import Bundle, StageEntry
 from ltx_engines.cache_key import EngineKey
 from ltx_engines.errors import UserError
 from ltx_engines.targets import Flavour, Precision, Target
+from ltx_export import build, engine_numbers
 from ltx_export.build import MODULES
+from ltx_export.engine_numbers import Numbers
 from ltx_export.layer_table import CODES, Wanted
-from ltx_export.plan_question import FLOATS, STORED_AS
-from ltx_ref import quantization
-from ltx_ref.checkpoint import read_header
+from ltx_export.onnx_order import Order
+from ltx_export.plan_question import FLOATING, FLOATS, STORED_AS, own_precision
+from ltx_ref import quantization, text
+from ltx_ref.checkpoint import Header, read_header
+from ltx_ref.ltx_video.config import TRANSFORMER_PREFIX
 from ltx_ref.quantization import Format
 
 log = logging.getLogger(__name__)
@@ -42,8 +47,85 @@ def flavour(cards: tuple[Target, ...], wish: Flavour | None) -> Flavour:
     return next(iter((*present, *legal)))
 
 
-def check(stage: str, entry: StageEntry, cards: tuple[Target, ...]) -> None:
+def check_machine(flavour: Flavour, cards: tuple[Target, ...]) -> None:
     """
+    Raises:
+        UserError: the builder is not installed, or wants a GPU that is not here.
+    """
+    build.version(flavour)
+    if flavour == "tensorrt":
+        build.check_card(tuple(sorted({card.capability for card in cards})))
+
+
+def check_floats(
+    graphs: Order, numbers: Numbers, cards: tuple[Target, ...], *, fallback: bool
+) -> None:
+    """Of a checkpoint, before its graphs are made.
+
+    Raises:
+        UserError: a stage with attention is to be float32.
+    """
+    if fallback:
+        return
+    header = read_header(graphs.checkpoint)
+    floats = engine_numbers.floats(numbers, header)
+    files: dict[str, tuple[Header, ...]] = {"transformer": (header,)}
+    if graphs.text_encoder is not None:
+        files["text_encoder"] = text.weight_headers(text.encoder_folder(graphs.text_encoder))
+    for stage, headers in files.items():
+        if graphs.stages is not None and stage not in graphs.stages:
+            continue
+        if (floats or _floats(stage, headers)) == "float32":
+            legal = [p for p in HALVES if not any(card.refusal(p) for card in cards)]
+            option = "--precision" if numbers.recipe is None else "--rest-precision"
+            raise UserError(
+                f"{stage} is float32, for which no builder has attention in one kernel; give "
+                f"{option} {' (or '.join(legal)}{')' * (len(legal) - 1)}, or accept that with "
+                "--allow-fallback"
+            )
+
+
+HALVES: tuple[Precision, ...] = ("bf16", "fp16")
+
+
+def _floats(stage: str, headers: tuple[Header, ...]) -> str | None:
+    """The type of most of a stage's own weights that are not codes."""
+    prefix = TRANSFORMER_PREFIX if stage == "transformer" else ""
+    found = {
+        name: info
+        for header in headers
+        for name, info in header.tensors.items()
+        if name.startswith(prefix) and info.dtype in FLOATING
+    }
+    return FLOATS[own_precision(stage, found)] if found else None
+
+
+def check_kept(opened: Bundle, wanted: Iterable[EngineKey]) -> None:
+    """
+    Raises:
+        UserError: an engine that would be kept has kernels that were accepted with
+            --allow-fallback.
+    """
+    for engine in opened.manifest.engines:
+        for key in wanted:
+            if not engine.accepted or (engine.key.stage, engine.key.part) != (key.stage, key.part):
+                continue
+            if not cache_key.difference(engine.key, key):
+                raise UserError(not_as_asked(key.stage, engine.accepted))
+
+
+def not_as_asked(what: str, problems: Iterable[str]) -> str:
+    return (
+        f"the engine of {what} is not what was asked for: {'; '.join(problems)}; "
+        "--allow-fallback accepts it"
+    )
+
+
+def check(
+    stage: str, entry: StageEntry, cards: tuple[Target, ...], *, fallback: bool = False
+) -> None:
+    """With `fallback` attention may be in many kernels.
+
     Raises:
         UserError: the stage is of a precision that one of the GPUs has not, or its graph is one
             for ONNX Runtime.
@@ -58,10 +140,13 @@ def check(stage: str, entry: StageEntry, cards: tuple[Target, ...]) -> None:
             f"{stage} is quantized for ONNX Runtime (opset {entry.opset}); export it with "
             f"--opset {OPSET}"
         )
-    if stage in ATTENDS and entry.opset == OPSET and "fp32" in precisions(entry):
+    if stage not in ATTENDS or "fp32" not in precisions(entry):
+        return
+    if entry.opset == OPSET or not fallback:
+        way = "--opset 20 too" if entry.opset == OPSET else "it"
         raise UserError(
-            f"{stage} is float32, for which no attention kernel is; export it with --opset 20, or "
-            "with --precision bfloat16 or float16"
+            f"{stage} is float32, for which no attention kernel is; export it with --precision "
+            f"bfloat16 or float16 (--allow-fallback takes {way})"
         )
 
 

@@ -6,6 +6,7 @@ engines stay until they are found to be of other graphs.
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,15 +14,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ltx_engines import bundle, hashes
-from ltx_engines.bundle import Hashing, Manifest
+from ltx_engines.bundle import Hashing, Manifest, StageEntry
 from ltx_engines.errors import UserError
 from ltx_engines.stages import OPTIONAL, SAMPLER_STEP, STAGES
-from ltx_export import __version__, engine_numbers
+from ltx_export import __version__, engine_files, engine_numbers
 from ltx_export.engine_numbers import Numbers
-from ltx_export.onnx_order import Order, Reader
+from ltx_export.onnx_order import Order, Reader, check_apart
 
 MADE_OF = "graphs made of"
 """The key of Manifest.toolchain under which a bundle remembers it."""
+STEP_MADE_OF = "sampler step made of"
+"""And of the graph that a build adds, which is none of the graphs that were exported."""
+
+log = logging.getLogger(__name__)
 
 
 def is_bundle(path: Path) -> bool:
@@ -67,11 +72,15 @@ def prepare(
         _check_options(order)
         engine_numbers.check(numbers, order.checkpoint, bundle.read(order.checkpoint))
         if _is_same(order.checkpoint, order.out):
+            _check_placement(order, ())
             return
+        _check_placement(order, ("link", "copy"))
+        _check_beside(order.checkpoint, order.out)
         made_of = _of_bundle(order.checkpoint)
         if not _is_made_of(order.out, made_of):
+            _check_replaced(order.out, reader)
             yield f"linking {order.checkpoint.name}"
-            _place(order.checkpoint, order.out, made_of)
+            _place(order.checkpoint, order, made_of)
         return
     order = replace(order, reader=reader)
     made_of, stages = _of_files(order, numbers), _stages(order)
@@ -81,6 +90,9 @@ def prepare(
             return
         stages = tuple(s for s in (*STAGES, *OPTIONAL) if s in {*stages, *present})
     _check_kept(order.out, stages)
+    calibration = () if numbers.calibration is None else (numbers.calibration,)
+    check_apart(order.out, (*order.read_by(), *calibration))
+    _check_replaced(order.out, reader)
     if numbers.recipe is not None:
         if "transformer" not in stages:
             name = numbers.recipe.name
@@ -99,7 +111,7 @@ def prepare(
         made = yield from engine_numbers.written(numbers, order.checkpoint, quantized)
         wanted = replace(order, checkpoint=made.checkpoint, precision=made.floats)
         yield from onnx_bundle.write(replace(wanted, out=graphs, stages=stages))
-        _place(graphs, order.out, made_of)
+        _place(graphs, replace(order, weights="link"), made_of)
     finally:
         _remove(graphs, quantized)
 
@@ -125,6 +137,44 @@ def _check_options(order: Order) -> None:
             raise UserError(
                 f"{order.checkpoint} has graphs already; {option} is for a checkpoint, leave it out"
             )
+
+
+def _check_placement(order: Order, possible: tuple[str, ...]) -> None:
+    if order.weights not in ("link", *possible):
+        why = "and --out is another folder" if order.weights == "copy" else "leave it out"
+        wanted = "a checkpoint" if order.weights == "refer" else "graphs that are put elsewhere"
+        raise UserError(
+            f"{order.checkpoint} has its weights where they are; --weights {order.weights} is for "
+            f"{wanted}, {why}"
+        )
+
+
+def _check_beside(source: Path, out: Path) -> None:
+    """One bundle in another would be no part of it, and be deleted with it."""
+    one, other = (Path(os.path.realpath(path)) for path in (source, out))
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        raise UserError(f"--out {out} and {source} lie one in the other; choose a folder beside it")
+
+
+def _check_replaced(out: Path, reader: Reader) -> None:
+    """What is there may give way to graphs for this reader.
+
+    Raises:
+        UserError: it has engines of other graphs, or files that are not a bundle's.
+    """
+    if is_bundle(out):
+        manifest = bundle.read(out)
+        if reader == "onnxruntime-gpu" and manifest.engines:
+            raise UserError(
+                f"{out} has engines, which graphs for ONNX Runtime would make useless; choose "
+                "another --out for --backend onnxruntime"
+            )
+        if reader == "builder" and manifest.onnxruntime:
+            log.warning(
+                "%s is no longer for --backend onnxruntime: its graphs give way to a builder's", out
+            )
+        engine_files.remove_strays(out)
+    bundle.check_target(Path(os.path.realpath(out)), overwrite=True)
 
 
 def _stages(order: Order) -> tuple[str, ...]:
@@ -159,36 +209,27 @@ def _of_bundle(folder: Path) -> str:
         "engines": (),
         "onnxruntime": {},
         "stages": {s: entry for s, entry in manifest.stages.items() if s != SAMPLER_STEP},
+        "toolchain": {n: said for n, said in manifest.toolchain.items() if n != STEP_MADE_OF},
         "files": {name: file for name, file in manifest.files.items() if name not in later},
     }
     return _digest(manifest.model_copy(update=changes).model_dump_json())
 
 
 def _of_files(order: Order, numbers: Numbers) -> str:
-    """The files as the system describes them, a sample of each, and every option of the export."""
+    """The contents of the files, and every option of the export."""
     options = {name: str(value) for name, value in asdict(order).items()}
     told = {
         name: value for name, value in options.items() if name not in ("out", "overwrite", "stages")
     }
-    files = [_file(file) for file in _read_by(order)]
+    files = [_file(file) for file in order.read_by()]
     return _digest(json.dumps([__version__, told, files, numbers.facts()]))
 
 
-def _read_by(order: Order) -> Iterator[Path]:
-    for path in (order.checkpoint, order.text_encoder, order.upsampler, order.pipeline_config):
-        if path is not None and path.is_dir():
-            yield from sorted(file for file in path.iterdir() if file.is_file())
-        elif path is not None and path.is_file():
-            yield path
-    for adapter in order.loras:  # FILE or FILE:STRENGTH
-        if (file := Path(adapter)).is_file() or (
-            file := Path(adapter.rpartition(":")[0])
-        ).is_file():
-            yield file
-
-
 def _file(path: Path) -> list[object]:
+    """Of a large one a sample, as in the manifest."""
     stat = path.stat()
+    if stat.st_size < hashes.STAMP_FROM:
+        return [path.name, hashes.sha256(path)]
     return [path.name, stat.st_size, stat.st_mtime_ns, hashes.sample(path)]
 
 
@@ -196,27 +237,31 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _place(graphs: Path, out: Path, made_of: str) -> None:
-    """A bundle of links to the graphs' files, and to the engines that are in its place."""
-    opened = bundle.open_bundle(graphs).manifest
+def _place(graphs: Path, order: Order, made_of: str) -> None:
+    """A bundle of the graphs' files, and of the engines that are in its place."""
+    out = order.out
+    opened = bundle.open_bundle(graphs, engines=False).manifest
     old = _engines(out, opened)
+    step = _step(old, opened) if old else {}
     manifest = opened.model_copy(
         update={
+            "stages": opened.stages | step,
             "engines": old.engines if old else (),
             "toolchain": {**opened.toolchain, MADE_OF: made_of},
         }
     )
-    wanted = {name: graphs for name in opened.files if not os.path.isabs(name)}
-    for engine in opened.engines:  # of the graphs' own bundle, which are built anew if need be
-        wanted = {n: home for n, home in wanted.items() if n not in (engine.file, engine.layers)}
-    wanted |= {n: out for engine in manifest.engines for n in (engine.file, engine.layers)}
+    built = {name for e in opened.engines for name in (e.file, e.layers)}
+    wanted = {n: graphs for n in opened.files if n not in built and not os.path.isabs(n)}
+    wanted |= {n: out for e in manifest.engines for n in (e.file, e.layers)}
+    wanted |= {entry.file: out for entry in step.values()}
     known = {name: file.sha256 for name, file in opened.files.items() if file.sha256}
     if old:
-        known |= {n: old.files[n].sha256 or "" for e in old.engines for n in (e.file, e.layers)}
+        known |= {n: old.files[n].sha256 or "" for n, home in wanted.items() if home == out}
     with bundle.create(out, overwrite=True) as folder:
         for name, home in wanted.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(home / name, folder / name)
+            copied = order.weights == "copy" and home != out
+            (shutil.copyfile if copied else _link)(home / name, folder / name)
         elsewhere = {name for name in opened.files if os.path.isabs(name)}
         bundle.seal(folder, manifest, elsewhere=elsewhere, hashing=Hashing(known))
 
@@ -226,13 +271,23 @@ def _engines(out: Path, graphs: Manifest) -> Manifest | None:
     if not is_bundle(out):
         return None
     old = bundle.read(out)
+    stages = {*graphs.stages, *_step(old, graphs)}
     kept = [
         engine
         for engine in old.engines
-        if engine.key.stage in graphs.stages
+        if engine.key.stage in stages
         and all((out / name).is_file() for name in (engine.file, engine.layers))
     ]
     return old.model_copy(update={"engines": tuple(kept)})
+
+
+def _step(old: Manifest, graphs: Manifest) -> dict[str, StageEntry]:
+    """The step of the sampler stays with a transformer; whether it is its own is seen by the build,
+    which makes it anew if it is not."""
+    entry = old.stages.get(SAMPLER_STEP)
+    if entry is None or SAMPLER_STEP in graphs.stages or "transformer" not in graphs.stages:
+        return {}
+    return {SAMPLER_STEP: entry}
 
 
 def _link(source: Path, target: Path) -> None:
@@ -240,6 +295,5 @@ def _link(source: Path, target: Path) -> None:
         os.link(os.path.realpath(source), target)
     except OSError as error:
         raise UserError(
-            f"cannot hard-link {source} into the bundle ({error.strerror}); put the bundle on the "
-            "same file system, or leave out --out"
+            f"cannot hard-link {source} into the bundle ({error.strerror}); use --weights copy"
         ) from None

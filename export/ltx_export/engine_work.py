@@ -1,20 +1,23 @@
 """Which engines a bundle lacks, and why: each is wanted by its key."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from ltx_engines import cache_key, hashes
-from ltx_engines.bundle import Bundle, EngineEntry, StageEntry
+from ltx_engines import cache_key, engine_entry, hashes
+from ltx_engines.bundle import Bundle, EngineEntry
 from ltx_engines.cache_key import EngineKey, Part
 from ltx_engines.errors import UserError
-from ltx_export import block_groups, build, engine_profiles, engine_refusals, refittable
+from ltx_export import axes, block_groups, build, engine_profiles, engine_refusals, refittable
 from ltx_export.block_groups import STAGE, Room
 from ltx_export.engine_order import Order, cards
 from ltx_export.engine_profiles import Buckets
 
-RECIPE = 1
-"""To be raised when build.py makes other engines of the same job, or split.py other graphs."""
+RECIPE = 3
+"""To be raised when build.py makes other engines of the same job, or split.py other graphs.
+
+2: those of TensorRT-RTX ask for no memory while they run, unless they stream weights.
+3: the activations are those of the largest profile, no longer those of the last."""
 
 
 AS_INPUTS = "weights as inputs"
@@ -72,14 +75,20 @@ def _number(opened: Bundle, key: EngineKey, order: Order) -> int:
         if split > layers:
             raise UserError(f"--split {split}: the transformer has {layers} blocks; give fewer")
         return split
-    *_, last = [None, *(e.key for e in _ours(opened, key) if e.key.flavour == key.flavour)]
-    if last is not None:
-        return min(last.part.of, layers) if last.part else 1
+    old = [e.key for e in _ours(opened, key) if e.key.flavour == key.flavour]
+    before = None
     if split is None:
-        return 1
+        if not old or (part := old[-1].part) is None:
+            return 1
+        if not cache_key.difference(old[-1], key.model_copy(update={"part": part})):
+            return part.of
+        before = part.of  # which may be too few for what is wanted now
     memory = block_groups.room_of_host(order.host_memory)
     graph = opened.file(opened.stage(STAGE).file)
-    return block_groups.number(graph, layers, Room(memory, cards(order), key.profiles))
+    room = Room(memory, cards(order), key.profiles)
+    if before is not None and block_groups.fits(graph, layers, before, room):
+        return before
+    return block_groups.number(graph, layers, room)
 
 
 def _key(opened: Bundle, stage: str, order: Order) -> EngineKey:
@@ -96,37 +105,74 @@ def _key(opened: Bundle, stage: str, order: Order) -> EngineKey:
         stage=stage,
         graph=opened.manifest.files[entry.file].sha256 or hashes.sha256(opened.file(entry.file)),
         weights={name: manifest.files[name] for name in entry.weights},
-        recipe=_recipe(entry),
+        recipe=engine_entry.recipe(entry),
         profiles=engine_profiles.profiles(stage, manifest, buckets),
         flavour=flavour,
         version=build.version(flavour),
         targets=tuple(sorted({card.capability for card in wanted})),
         options={name: value for name, value in options.items() if value is not None}
-        | {"way of building": RECIPE},
+        | {cache_key.WAY_OF_BUILDING: RECIPE},
     )
-
-
-def _recipe(entry: StageEntry) -> str | None:
-    if entry.quantization is None:
-        return None
-    counts = (f"{count} {form}" for form, count in sorted(entry.quantization.layers.items()))
-    return f"{entry.quantization.recipe or 'without a name'} ({', '.join(counts)})"
 
 
 def works(opened: Bundle, wanted: Sequence[EngineKey]) -> tuple[Work, ...]:
     """What of a chain is not there; nothing if engines do what the keys say, perhaps for other GPUs
-    too."""
+    too, and are those that each GPU runs.
+
+    What is built takes the place of all that only its GPUs have run.
+    """
     ours = _ours(opened, wanted[0])
     of_builder = [e for e in ours if e.key.flavour == wanted[0].flavour]
     kept = _kept(of_builder, wanted)
     targets = next((e.key.targets for e in kept.values()), wanted[0].targets)
-    keys = [key.model_copy(update={"targets": targets}) for key in wanted if key.part not in kept]
-    old = tuple(
-        engine
-        for engine in of_builder
-        if set(engine.key.targets) <= set(targets) and engine not in kept.values()
+    if len(kept) < len(wanted):
+        old = _replaced(opened, wanted[0], targets, [*kept.values()])
+        keys = [k.model_copy(update={"targets": targets}) for k in wanted if k.part not in kept]
+        resumed = bool(kept)
+        return tuple(Work(k, _reasons(of_builder or ours, k, resumed=resumed), old) for k in keys)
+    others = [target for target in wanted[0].targets if not _is_run(opened, wanted, target)]
+    old = _replaced(opened, wanted[0], others)
+    return tuple(
+        Work(
+            key.model_copy(update={"targets": (target,)}),
+            (f"SM{target} has an engine of its own, which is another",),
+            old,
+        )
+        for target in others
+        for key in wanted
     )
-    return tuple(Work(k, _reasons(of_builder or ours, k, resumed=bool(kept)), old) for k in keys)
+
+
+def _replaced(
+    opened: Bundle,
+    key: EngineKey,
+    targets: Collection[int],
+    kept: Collection[EngineEntry] = (),
+) -> tuple[EngineEntry, ...]:
+    """With their weights embedded or not: a GPU runs one of them."""
+    return tuple(
+        engine
+        for engine in opened.manifest.engines
+        if (engine.key.stage, engine.key.flavour) == (key.stage, key.flavour)
+        and set(engine.key.targets) <= set(targets)
+        and engine not in kept
+    )
+
+
+def _is_run(opened: Bundle, wanted: Sequence[EngineKey], target: int) -> bool:
+    """Whether that is what the runtime finds for a GPU: what was built for fewer, or later, goes
+    before it."""
+    try:
+        chain = opened.engines(wanted[0].stage, target, wanted[0].flavour)
+    except UserError:
+        return False
+    return len(chain) == len(wanted) and not any(
+        _but_targets(engine.key, key) for engine, key in zip(chain, wanted, strict=True)
+    )
+
+
+def _but_targets(old: EngineKey, new: EngineKey) -> list[str]:
+    return cache_key.difference(old, new.model_copy(update={"targets": old.targets}))
 
 
 def _kept(
@@ -158,11 +204,24 @@ def _reasons(ours: Sequence[EngineEntry], key: EngineKey, *, resumed: bool) -> t
     if not ours:
         return ("there is no engine yet",)
     alike = [e for e in ours if _index(e.key.part) == _index(key.part)] or ours
-    reasons = min((cache_key.difference(e.key, key) for e in alike), key=len)
+    reasons = min((_difference(e.key, key) for e in alike), key=len)
     for engine in alike:  # its own predecessor tells more than a neighbour for another GPU
         if engine.key.flavour == key.flavour and engine.key.targets == key.targets:
-            reasons = cache_key.difference(engine.key, key)
+            reasons = _difference(engine.key, key)
     return tuple(reasons)
+
+
+def _difference(old: EngineKey, new: EngineKey) -> list[str]:
+    """With the sizes that a clip has, where they say it all, without those that follow."""
+    return cache_key.difference(_rooted(old), _rooted(new)) or cache_key.difference(old, new)
+
+
+def _rooted(key: EngineKey) -> EngineKey:
+    profiles = tuple(
+        {axis: sizes for axis, sizes in profile.items() if axes.root(axis) not in profile}
+        for profile in key.profiles
+    )
+    return key.model_copy(update={"profiles": profiles})
 
 
 def _index(part: Part | None) -> int:

@@ -162,6 +162,15 @@ def _tiling(stage: StagePlan, budget: int, workshop: Workshop) -> Tiling:
     return Tiling(tile, prod(pieces), costs)
 
 
+def tiles(whole: Grid) -> Iterator[Grid]:
+    """Smaller and smaller ones, as a plan tries them."""
+    pieces, tile = (1, 1, 1), whole
+    while max(tile) > SMALLEST_TILE:
+        pieces = _halved(pieces, tile)
+        tile = _tile(whole, pieces)
+        yield tile
+
+
 def _halved(pieces: Grid, tile: Grid) -> Grid:
     """Twice as many along the longest side; of equals the last: frames are the dearest to cut."""
     longest = max(range(3), key=lambda axis: (tile[axis], axis))

@@ -118,6 +118,14 @@ def cost(model: ir.Model, axes: Axes) -> Costs:
     )
 
 
+def convolutions(model: ir.Model, axes: Axes) -> tuple[Convolution, ...]:
+    """
+    Raises:
+        ValueError, AssertionError: as `walk`.
+    """
+    return tuple(_convolutions(concrete_shapes.walk(model, axes)))
+
+
 @dataclass(slots=True)
 class _Group:
     """Nodes that run as one kernel when all but the last have no other reader."""

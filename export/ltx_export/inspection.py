@@ -64,11 +64,25 @@ def _headers(path: Path) -> tuple[Header, ...]:
         CheckpointError: a file is damaged, or a shard is missing.
     """
     if path.is_dir():
+        if not any(_weights(path)) and not any(_weights(path / "text_encoder")):
+            raise CheckpointError(
+                f"{path} is neither a bundle (no manifest.json) nor a text encoder (no "
+                "model.safetensors, no index of shards)"
+            )
         return text.weight_headers(text.encoder_folder(path))
     if path.name.endswith(INDEX):
         return _shards(path)
     foreign.check_gguf(path)
     return (read_header(path),)
+
+
+def _weights(home: Path) -> Iterator[Path]:
+    """Also those that are refused."""
+    yield from (file for file in home.glob("*") if file.suffix == ".bin" or _is_text(file))
+
+
+def _is_text(file: Path) -> bool:
+    return file.name in ("model.safetensors", f"model.safetensors{INDEX}")
 
 
 def _shards(index: Path) -> tuple[Header, ...]:

@@ -1,13 +1,13 @@
 """The kernels of an engine, as the builder lists them, and whether they are those of the recipe.
 
 Without a GPU no engine can be opened and inspected, but a verbose builder ends with the same table.
-It holds the kernels of every profile, one profile after the other.
+It holds the kernels of every profile, one profile after the other, for one compute capability.
 """
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A kernel of the builder's table, and the graph's nodes that it computes."""
+    """A row of the builder's table: most are kernels. And the graph's nodes that it computes."""
 
     name: str
     kind: str
@@ -52,11 +52,18 @@ class Layer:
     def is_fused_attention(self) -> bool:
         return FUSED in self.name
 
+    @property
+    def is_kernel(self) -> bool:
+        return self.kind not in ORDERING
+
 
 CODES: Mapping[Format, str] = {"fp8": "FP8", "int8": "Int8", "nvfp4": "FP4E2M1"}
 """The builder's word for the formats that are multiplied as codes."""
 
 FUSED = "_gemm_mha"
+
+ORDERING = frozenset({"wait", "signal"})
+"""Rows of the table by which streams wait for each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,21 @@ LINE = re.compile(r"(?=Name: [^,]+, LayerType: )")
 HEAD = re.compile(r"Name: ([^,]+), LayerType: ([^,]+)")
 NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 OPERAND = re.compile(r"Name: ([^,]+), Dimensions: \[([^\]]*)\].*?Datatype: (\w+)")
+
+
+def listed(targets: Iterable[int]) -> int:
+    """Whose kernels the table has when an engine is for several compute capabilities: there is one
+    table, and it is the newest one's, in whatever order they are given (TensorRT-RTX 1.7.1,
+    2026-11; fp8 for SM89 with SM120 or SM121. Of SM75 to SM120 those in bf16 and int8 are alike).
+    """
+    return max(targets)
+
+
+def of_one(targets: Collection[int]) -> str:
+    """What is to be said of the table of an engine for several."""
+    if len(targets) == 1:
+        return ""
+    return f" (listed for SM{listed(targets)} only)"
 
 
 def is_table(message: str) -> bool:
@@ -127,7 +149,7 @@ def counts(table: tuple[Layer, ...], wanted: Wanted) -> dict[str, int]:
     """The sum of the table, of all profiles together; products by the layers that they compute."""
     kinds = Counter(kind for found in products(table).values() for kind in found.elements())
     return {
-        "kernels": len(table),
+        "kernels": sum(layer.is_kernel for layer in table),
         **{f"products in {kind}": number for kind, number in sorted(kinds.items())},
         "fused attentions": attentions(table),
         "score kernels": len(scores(table, wanted.tokens)),

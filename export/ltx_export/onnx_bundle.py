@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 from platformdirs import user_cache_dir
 
-from ltx_engines import bundle, hashes, stages
+from ltx_engines import bundle, file_lock, hashes, stages
 from ltx_engines.bundle import Hashing, Manifest, StageEntry
 from ltx_engines.errors import UserError
 from ltx_export import (
@@ -30,6 +30,7 @@ from ltx_export import (
 from ltx_export.graphs import Graphs
 from ltx_export.onnx_order import Opset as Opset
 from ltx_export.onnx_order import Order as Order
+from ltx_export.onnx_order import check_apart
 from ltx_export.pipeline_defaults import Pipeline
 from ltx_export.sources import TEXT_FOLDER, TOKENIZER, Derived, Sources
 from ltx_ref import lora
@@ -107,7 +108,8 @@ def write(order: Order) -> Iterator[str]:
     """
     yield "reading"
     checked = check(order)
-    with bundle.create(order.out, overwrite=order.overwrite) as folder:
+    out, overwrite = order.out, order.overwrite
+    with file_lock.building(out), bundle.create(out, overwrite=overwrite) as folder:
         graphs = []
         for stage in checked.stages:
             how = "" if checked.graphs.has_template(stage) else " (tracing the reference)"
@@ -284,9 +286,9 @@ def _check_place(order: Order, found: Sources, chosen: tuple[str, ...]) -> None:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {order.out}: {place} is not a folder one may write in")
+    _check_survives(order, found, chosen)
     needed = 0
     for header in _files(found, chosen):
-        _check_survives(order, found, header)
         if order.weights == "copy" or header.path in found.derivations:
             needed += derive.size(header)
         elif order.weights == "link" and header.path.stat().st_dev != place.stat().st_dev:
@@ -298,14 +300,12 @@ def _check_place(order: Order, found: Sources, chosen: tuple[str, ...]) -> None:
         raise UserError(f"{order.out} needs {needed:,} bytes, {place} has {free:,} left")
 
 
-def _check_survives(order: Order, found: Sources, header: Header) -> None:
-    """What a bundle refers to must not lie in the folder that it replaces."""
-    key = found.key(header)
-    if os.path.isabs(key) and Path(key).is_relative_to(os.path.realpath(order.out)):
-        raise UserError(
-            f"{header.path} lies in {order.out}, which is replaced; it cannot stay there: use "
-            "--weights link or copy, or another --out"
-        )
+def _check_survives(order: Order, found: Sources, chosen: tuple[str, ...]) -> None:
+    """What lies in the folder that is replaced is gone, but for what is put where it was."""
+    place = Path(os.path.realpath(order.out))
+    kept = [found.key(h) for h in _files(found, chosen) if h.path not in found.derivations]
+    names = (*(key for key in kept if not os.path.isabs(key)), f"{TEXT_FOLDER}/config.json")
+    check_apart(order.out, order.read_by(), {place / name for name in names})
 
 
 def _place_files(

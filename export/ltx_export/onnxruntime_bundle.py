@@ -20,7 +20,7 @@ GPU: tuple[Provider, ...] = ("cuda", "tensorrt-rtx")
 
 FOR_ENGINES = (
     *("optimization_level", "workspace", "weight_streaming", "refittable", "split", "cache"),
-    "gpus",
+    *("host_memory", "allow_fallback", "ignore_limits", "gpus"),
 )
 
 
@@ -40,8 +40,9 @@ def check_early(order: Order) -> tuple[Target, ...]:
         UserError: an option is of engines, or a clip there is not.
     """
     for option in FOR_ENGINES:
-        if getattr(order, option):
-            word = f"--{option.removesuffix('s').replace('_', '-')}"
+        value = getattr(order, option)
+        if value is not None and value is not False and value != ():
+            word = "--gpu" if option == "gpus" else f"--{option.replace('_', '-')}"
             raise UserError(f"{word} is for engines; leave it out with --backend onnxruntime")
     if order.engine_weights != "embedded":
         raise UserError("--engine-weights is for engines; leave it out with --backend onnxruntime")

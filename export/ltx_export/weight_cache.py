@@ -170,7 +170,9 @@ def _key(wanted: Derivation) -> str:
 def _digest(facts: list[Any], inputs: Iterable[Path]) -> str:
     for path in inputs:
         stat = path.stat()
-        facts.append([os.path.realpath(path), stat.st_size, stat.st_mtime_ns])
+        small = stat.st_size < hashes.STAMP_FROM
+        seen = hashes.sha256(path) if small else hashes.sample(path)
+        facts.append([os.path.realpath(path), stat.st_size, stat.st_mtime_ns, seen])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

@@ -13,10 +13,9 @@ import onnx_ir as ir
 
 from ltx_engines.bundle import Bundle, TensorEntry
 from ltx_engines.cache_key import EngineKey, Part
-from ltx_engines.errors import UserError
 from ltx_export import weight_inputs
 from ltx_export.engine_jobs import Piece
-from ltx_export.engine_order import Order
+from ltx_export.engine_order import Order, check_inputs
 from ltx_export.engine_work import AS_INPUTS, Work
 from ltx_export.layer_table import CODES, Wanted
 from ltx_export.weights import STORED
@@ -38,15 +37,7 @@ def keys(opened: Bundle, whole: EngineKey, order: Order) -> tuple[EngineKey, ...
     Raises:
         UserError: something else that was asked for does not go with it.
     """
-    for option, value in (
-        ("--split", order.split),
-        ("--weight-streaming", order.weight_streaming),
-    ):
-        if value:
-            raise UserError(
-                f"{option} is for engines that hold their weights; leave it out with "
-                "--engine-weights inputs, where weights that do not fit are streamed anyway"
-            )
+    check_inputs(order)
     graphs = [_serialized(piece) for piece in _cut(opened, whole.stage)]
     digest = hashlib.sha256(b"".join(graphs)).hexdigest()
     parts = (Part(index=i, of=len(graphs), first=i, end=i + 1) for i in range(len(graphs)))

@@ -49,7 +49,9 @@ Eta = Annotated[float, typer.Option(help="The share of fresh noise in ddim, 0 to
 Config = Annotated[Path | None, typer.Option(help="An original configs/ltxv-*.yaml.")]
 Strict = Annotated[bool, typer.Option("--strict-shape", help="Refuse sizes that need a crop.")]
 Sheet = Annotated[Path | None, typer.Option(help="Also an overview of the frames (.png).")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Of one operator, on the CPU.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Of one operator, where ONNX Runtime is on the CPU.")
+]
 RunOn = Annotated[
     Backend, typer.Option(help="auto: the bundle's engines, ONNX Runtime if it has none.")
 ]
@@ -66,11 +68,14 @@ Loras = Annotated[
 ]
 Uncaptured = Annotated[
     bool,
-    typer.Option("--no-cuda-graphs", help="Send a step's kernels to the GPU one by one."),
+    typer.Option("--no-cuda-graphs", help="Engines' kernels go to the GPU one by one."),
 ]
 DeviceMemory = Annotated[
     str | None,
-    typer.Option(metavar="8GiB", help="Of the GPU at most; what does not fit is streamed."),
+    typer.Option(
+        metavar="8GiB",
+        help="Of the GPU at most, for engines; weights that do not fit are streamed.",
+    ),
 ]
 
 
@@ -104,7 +109,7 @@ def run(  # noqa: PLR0913 - options of a command
     provider: Provider = None,
     device_memory: DeviceMemory = None,
     keep_loaded: Annotated[
-        bool, typer.Option("--keep-loaded", help="All stages stay on the GPU to the end.")
+        bool, typer.Option("--keep-loaded", help="All engines stay on the GPU to the end.")
     ] = False,
     no_cuda_graphs: Uncaptured = False,
     threads: Threads = None,

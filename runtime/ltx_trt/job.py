@@ -74,7 +74,7 @@ class Voice:
 @dataclass(frozen=True, slots=True)
 class Report:
     """`sha256` is of the frames' bytes, before any encoding. `device_memory` are the bytes of the
-    GPU that the run took at most; None without a GPU."""
+    GPU that the run took at most; None without a GPU. `loras` are those that were added."""
 
     output: str
     seed: int
@@ -87,6 +87,7 @@ class Report:
     seconds: dict[str, float]
     sha256: str
     device_memory: int | None = None
+    loras: tuple[str, ...] = ()
 
     def as_json(self) -> str:
         return json.dumps(asdict(self))
@@ -133,6 +134,7 @@ def make(clip: Clip, stages: Stages, voice: Voice) -> Report:
         seconds={name: round(value, 4) for name, value in seconds.items()},
         sha256=sha256(frames.tobytes()).hexdigest(),
         device_memory=None if stages.watch is None else stages.watch.peak,
+        loras=stages.loras,
     )
 
 

@@ -34,12 +34,15 @@ Frames = NDArray[np.uint8]
 @dataclass(frozen=True, slots=True)
 class Planned:
     """Before anything is loaded: the clip that will be made, and how many branches each step
-    runs."""
+    runs. `prompts` are the rows of all different sets of branches, `noises` the steps that add
+    noise: what a loop on the GPU has there from its beginning."""
 
     shape: VideoShape
     sigmas: tuple[float, ...]
     batches: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    prompts: int = 0
+    noises: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +166,14 @@ class _Run:
         note = "{} frames of {} x {} (height x width) are cut out of {} of {} x {}"
         notes = () if wished == made else (note.format(*wished, *made),)
         sigmas = (*(step.sigma for step in self.table), self.table[-1].sigma_next)
-        return Planned(self.shape, sigmas, tuple(len(g.branches) for g in self.guidance), notes)
+        return Planned(
+            self.shape,
+            sigmas,
+            batches=tuple(len(guide.branches) for guide in self.guidance),
+            notes=notes,
+            prompts=sum(map(len, {guide.branches for guide in self.guidance})),
+            noises=sum(bool(step.noise) for step in self.table),
+        )
 
     def denoise(
         self, transformer: Session, text: Text, uncond: Text

@@ -1,13 +1,18 @@
 """What the benchmark of weights as inputs counts, and when its aims are met."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import weight_inputs
+import weight_inputs_step
+from ltx_engines.bundle import open_bundle
 from ltx_engines.errors import UserError
 from ltx_export.layer_table import Layer, Operand, products
 from ltx_trt.session.device import Device
+from ltx_trt.session.engine_runner import EngineRunner
 
 
 def row(**changes: object) -> dict[str, object]:
@@ -51,6 +56,40 @@ def test_a_step_may_take_a_tenth_longer() -> None:
     assert weight_inputs.fast(rows | {"fp8 inputs": {"step_s": 1.09}})
     assert not weight_inputs.fast(rows | {"fp8 inputs": {"step_s": 1.11}})
     assert not weight_inputs.fast(rows | {"bf16 embedded": {"failed": "why"}})
+
+
+def test_a_graph_that_gives_other_bytes_misses_the_aim() -> None:
+    rows = {"embedded": {"same_when_captured": True}, "inputs": {"same_when_captured": None}}
+    assert weight_inputs.captured(rows)
+    assert not weight_inputs.captured(rows | {"inputs": {"same_when_captured": False}})
+
+
+def test_a_graph_is_compared_with_what_it_was_captured_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnx_ir")
+    pytest.importorskip("onnxruntime")
+    from tests.runtime import split_engines
+    from tests.runtime.fake_engines import FakeEngine, FakeLibrary
+    from tests.runtime.fake_gpu import FakeGpu
+
+    split_engines.make(tmp_path / "bundle", 1)
+    bundle, clip = open_bundle(tmp_path / "bundle"), split_engines.CLIP
+    monkeypatch.setattr(weight_inputs_step, "TEXT", 64)
+    gpu = FakeGpu()
+    with Device.of(gpu, FakeLibrary(gpu)) as device:
+        runner = weight_inputs_step.opened(device, bundle)
+        assert isinstance(runner, EngineRunner)
+        assert isinstance(runner.engine, FakeEngine)
+        shape = f"{clip.width}x{clip.height}x{clip.frames}"
+        velocity = weight_inputs_step.bind(device, bundle, runner, shape)
+        weight_inputs_step.timed(device, runner)
+        assert weight_inputs_step.same_when_captured(device, runner, *velocity) is True
+        monkeypatch.setattr(gpu, "launch", lambda *_: None)
+        assert weight_inputs_step.same_when_captured(device, runner, *velocity) is False
+        runner.engine.plan = replace(runner.engine.plan, capturable=False)
+        assert weight_inputs_step.same_when_captured(device, runner, *velocity) is None
+        runner.close()
 
 
 KINDS = ("embedded", "inputs")

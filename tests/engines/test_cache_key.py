@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from ltx_engines.cache_key import EngineKey, Part, difference
+from ltx_engines.cache_key import WAY_OF_BUILDING, EngineKey, Part, difference
 from ltx_engines.file_entry import FileEntry
 
 ONE, OTHER = "1" * 64, "2" * 64
@@ -34,11 +34,14 @@ CHANGES: dict[str, dict[str, object]] = {
     "profile 0 has tokens 128, now it is 128 to 520 for 520": {
         "profiles": ({**CLIP, "tokens": (128, 520, 520)},)
     },
-    "it has 1 profiles, now there are 2": {"profiles": (CLIP, CLIP)},
+    "it has 1 profile, now there are 2": {"profiles": (CLIP, CLIP)},
     "it was built by tensorrt-rtx, now by tensorrt": {"flavour": "tensorrt"},
     "it was built by tensorrt-rtx 1.7.1.116, now by 1.8": {"version": "1.8"},
     "it is not for SM120, only for SM86, SM89": {"targets": (89, 120)},
     "optimization level was 3, now it is the builder's": {"options": {}},
+    "this ltx-export builds it differently": {
+        "options": {"optimization level": 3, WAY_OF_BUILDING: 2}
+    },
     "workspace was the builder's, now it is 64": {
         "options": {"optimization level": 3, "workspace": 64}
     },

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from ltx_engines import bundle
-from ltx_engines.bundle import MANIFEST, Bundle, EngineEntry, FileEntry, Manifest, open_bundle
+from ltx_engines.bundle import (
+    MANIFEST,
+    Bundle,
+    EngineEntry,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    open_bundle,
+)
 from ltx_engines.cache_key import EngineKey, Part
 from ltx_engines.errors import UserError
 
@@ -95,6 +103,7 @@ def test_parts_of_two_builds_are_no_chain(folder: Path, entry: Entry) -> None:
         ([(1, 3, 1, 2)], "the chain of transformer lacks part 1 and 3 of 3; build it (ltx-export"),
         ([(0, 2, 0, 1), (1, 2, 2, 3)], "lacks blocks between its parts; build it"),
         ([(0, 2, 1, 2), (1, 2, 2, 3)], "lacks blocks between its parts; build it"),
+        ([(0, 2, 0, 1), (1, 2, 1, 2)], "lacks blocks, it ends at 2 of 3; build it"),
     ],
 )
 def test_a_chain_that_lacks_a_part_is_not_used(
@@ -144,6 +153,93 @@ def test_an_engine_of_another_graph_or_of_other_weights_is_not_used(
 def test_an_engine_that_takes_its_weights_as_inputs_serves_any(folder: Path, entry: Entry) -> None:
     engine = entry(graph="0" * 64).model_copy(update={"weights": "inputs"})
     assert chosen(folder, engine) == (engine,)
+
+
+def changed(tensors: tuple[TensorEntry, ...], **changes: object) -> tuple[TensorEntry, ...]:
+    """The first of them is another one."""
+    return (tensors[0].model_copy(update=changes), *tensors[1:])
+
+
+HALF = TensorEntry(name="to_q.weight", dtype="bfloat16", axes=(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("recipe", "the recipe was mine (1 fp8), now it is none since transformer was built"),
+        ("type", "latents was bfloat16 [free, free, 12], now it is float16 [free, free, 12]"),
+        ("size", "latents was float16 [free, free, 64], now it is float16 [free, free, 12]"),
+        ("output", "velocity was bfloat16"),
+        ("weight", "to_q.weight was bfloat16, now it is float16"),
+    ],
+)
+def test_an_engine_that_takes_other_kinds_of_weights_is_not_used(
+    folder: Path, entry: Entry, field: str, said: str
+) -> None:
+    """A checkpoint was exported again in another precision; what was built last runs instead."""
+    plain = entry()
+    changes: dict[str, dict[str, object]] = {
+        "recipe": {"recipe": "mine (1 fp8)"},
+        "type": {"inputs": changed(plain.inputs, dtype="bfloat16")},
+        "size": {"inputs": changed(plain.inputs, axes=("batch", "tokens", 64))},
+        "output": {"outputs": changed(plain.outputs, dtype="bfloat16")},
+        "weight": {"inputs": (*plain.inputs, HALF), "bound": {HALF.name: "block.{block}"}},
+    }
+    engine = entry(graph="0" * 64, **changes[field]).model_copy(update={"weights": "inputs"})
+    manifest = bundle.read(folder)
+    both = entry(targets=(89, 120))
+    found = Bundle(folder, manifest.model_copy(update={"engines": (both, engine)}))
+    assert found.engines("transformer", 89) == (both,)
+    found = Bundle(folder, manifest.model_copy(update={"engines": (engine,)}))
+    with pytest.raises(UserError) as caught:
+        found.engines("transformer", 89)
+    assert said in str(caught.value)
+
+
+def test_engines_that_serve_other_blocks_are_no_chain(folder: Path, entry: Entry) -> None:
+    def pieces(*blocks: int) -> list[EngineEntry]:
+        made = [entry((i, 3, i, i + 1)).model_copy(update={"weights": "inputs"}) for i in range(3)]
+        return [made[0], made[1].model_copy(update={"blocks": blocks}), made[2]]
+
+    assert chosen(folder, *pieces(0, 1, 2)) == tuple(pieces(0, 1, 2))
+    for blocks in ((0, 1), (0, 1, 2, 3)):
+        with pytest.raises(UserError, match="lacks blocks, it is not of these 3; build it"):
+            chosen(folder, *pieces(*blocks))
+
+
+def test_of_two_chains_that_is_taken_which_was_complete_last(folder: Path, entry: Entry) -> None:
+    """The first part of one was built before the other, the rest after it."""
+    parts, whole = [entry((0, 2, 0, 2)), entry((1, 2, 2, 3))], entry()
+    assert chosen(folder, parts[0], whole, parts[1]) == tuple(parts)
+    assert chosen(folder, *parts, whole) == (whole,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([{"file": "ltx.safetensors"}], "engines.0.file is 'ltx.safetensors', which does not end"),
+        ([{"layers": "x.engine"}], "engines.0.layers is 'x.engine', which does not end in .layers"),
+        ([{}, {}], "engines.1.file is 'x.engine', as engines.0.file is"),
+        ([{"targets": ()}], "engines.0.key.targets are []"),
+        ([{"targets": (120, 89)}], "engines.0.key.targets are [120, 89]"),
+        ([{"targets": (89, 89)}], "engines.0.key.targets are [89, 89]"),
+    ],
+)
+def test_a_manifest_that_no_builder_writes_is_refused(
+    folder: Path, entry: Entry, changes: list[dict[str, object]], said: str
+) -> None:
+    manifest = bundle.read(folder)
+    engines = tuple(entry(**change) for change in changes)
+    known = FileEntry(bytes=4, sha256=hashlib.sha256(b"plan").hexdigest())
+    files = manifest.files | {"x.engine": known, "x.layers.json": known}
+    written = manifest.model_copy(update={"engines": engines, "files": files})
+    with pytest.raises(ValueError, match="cannot update") as caught:
+        bundle.update(folder, written)
+    assert said in str(caught.value)
+    (folder / MANIFEST).write_text(json.dumps(written.model_dump(mode="json")), encoding="utf-8")
+    with pytest.raises(UserError) as refused:
+        bundle.read(folder)
+    assert said in str(refused.value)
 
 
 def test_a_manifest_of_the_first_version_opens_and_is_written_as_one_of_this(

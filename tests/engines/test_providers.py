@@ -36,8 +36,8 @@ def stage(dtype: str, opset: int = 20, domain: str = "", **layers: int) -> Stage
         (stage("bfloat16", 23, fp8=4), "tensorrt-rtx"),
         (stage("float16", 21, int8_wo=4), "cpu cuda"),
         (stage("bfloat16", 23, nvfp4=4), "tensorrt-rtx"),
-        (stage("float32", domain="com.microsoft"), "cpu cuda"),
-        (stage("float16", domain="com.microsoft"), "cuda"),
+        (stage("float32", domain="com.microsoft"), "cpu cuda tensorrt-rtx"),
+        (stage("float16", domain="com.microsoft"), "cuda tensorrt-rtx"),
         (stage("float32", domain="com.microsoft", int8=4), "cpu"),
     ],
 )

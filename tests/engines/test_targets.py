@@ -96,6 +96,14 @@ def test_rates_are_the_vendors(name: str, precision: str, teraflops: float) -> N
     assert rate == pytest.approx(teraflops * 1e12, rel=0.015)
 
 
+def test_turing_computes_elementwise_kernels_in_fp32_though_no_products() -> None:
+    card = find("rtx 2080 ti")
+    assert card.refusal("fp32") == (
+        "fp32 needs SM80 or newer, RTX 2080 Ti is SM75 (Turing); use fp16, int8"
+    )
+    assert card.rate("fp32") == card.fp32
+
+
 def test_fp8_on_ampere_is_refused_with_what_can_be_done() -> None:
     card = find("rtx 3090")
     reason = card.refusal("fp8")
@@ -109,7 +117,7 @@ def test_fp8_on_ampere_is_refused_with_what_can_be_done() -> None:
 @pytest.mark.parametrize(
     ("name", "refused"),
     [
-        ("rtx 2080 ti", {"bf16", "fp8", "int4", "nvfp4"}),
+        ("rtx 2080 ti", {"fp32", "bf16", "fp8", "int4", "nvfp4"}),
         ("a100 40gb", {"fp8", "nvfp4"}),
         ("rtx 3060", {"fp8", "nvfp4"}),
         ("rtx 4090", {"nvfp4"}),

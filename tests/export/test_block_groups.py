@@ -83,8 +83,11 @@ def test_two_groups_and_the_activations_of_the_largest_clip_fit_the_card(graph: 
 
 
 def test_what_no_split_makes_fit_is_said_with_what_would_help(graph: Path) -> None:
-    with pytest.raises(UserError, match=r"a build takes .* of host memory.*ask for a smaller clip"):
+    with pytest.raises(UserError, match=r"a build takes .* of host memory.*with --host-memory"):
         number(graph, LAYERS, Room(10**6, (), (CLIP,)))
+    card = replace(CARD, memory=fitting.RESERVED)
+    with pytest.raises(UserError, match=r"RTX 4090; ask for a smaller clip or fewer branches"):
+        number(graph, LAYERS, Room(None, (card,), (CLIP,)))
 
 
 def test_all_bytes_of_the_weights_are_counted_once(graph: Path) -> None:

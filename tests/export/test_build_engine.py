@@ -26,6 +26,7 @@ from ltx_export import (
     build_process,
     cli,
     engine_bundle,
+    engine_work,
     host,
     known_bad,
     layer_table,
@@ -95,7 +96,7 @@ def test_an_engine_is_in_the_manifest_with_all_that_it_was_made_of(engines: Path
     assert engine.counts["products in FP8"] == 10
     assert engine.counts["fused attentions"] == 2
     table = layer_table.read(opened.file(engine.layers))
-    assert engine.counts["kernels"] == len(table) > 0
+    assert engine.counts["kernels"] == sum(layer.is_kernel for layer in table) > 0
 
 
 def test_what_has_not_changed_is_up_to_date_and_no_builder_is_started(
@@ -125,7 +126,7 @@ def order(**changes: Any) -> Order:
     ("changes", "reason"),
     [
         ({"gpus": ("sm89", "sm120")}, "it is not for SM120, only for SM89"),
-        ({"shapes": ("64x64x9", "96x64x9")}, "it has 1 profiles, now there are 2"),
+        ({"shapes": ("64x64x9", "96x64x9")}, "it has 1 profile, now there are 2"),
         ({"branches": 2}, "profile 0 has batch 1, now it is 1 to 2 for 2"),
         ({"optimization_level": 2}, "optimization level was the builder's, now it is 2"),
         ({"weight_streaming": True}, "weight streaming was the builder's, now it is 1"),
@@ -175,6 +176,82 @@ def test_an_engine_for_another_gpu_stands_beside_the_one_that_is_there(copy: Pat
     arguments = ["build-engine", str(copy), *SHAPE, "--branches", "1", "--gpu", "sm120"]
     assert cli.main(arguments) == 0
     assert [engine.key.targets for engine in of_transformer(copy)] == [(89,), (120,)]
+
+
+def beside(folder: Path, engine: EngineEntry, name: str, **of_key: Any) -> None:
+    """Another engine in the manifest, whose plan is that of this one."""
+    manifest = open_bundle(folder).manifest
+    new = engine.model_copy(
+        update={
+            "file": f"{name}.engine",
+            "layers": f"{name}.layers.json",
+            "key": engine.key.model_copy(update=of_key),
+        }
+    )
+    files = {}
+    for old, other in ((engine.file, new.file), (engine.layers, new.layers)):
+        shutil.copy(folder / old, folder / other)
+        files[other] = manifest.files[old]
+    changes = {"engines": (*manifest.engines, new), "files": manifest.files | files}
+    bundle.update(folder, manifest.model_copy(update=changes))
+
+
+def widened(engine: EngineEntry, targets: tuple[int, ...]) -> EngineEntry:
+    return engine.model_copy(update={"key": engine.key.model_copy(update={"targets": targets})})
+
+
+def test_what_is_up_to_date_is_what_the_runtime_finds(copy: Path) -> None:
+    """Engines for two GPUs, and later one of another clip for one of these, which runs that."""
+    (engine,) = of_transformer(copy)
+    manifest = open_bundle(copy).manifest
+    wide = tuple(widened(e, (89, 120)) for e in manifest.engines)
+    bundle.update(copy, manifest.model_copy(update={"engines": wide}))
+    assert not engine_bundle.check(copy, order()).work
+    other = [{**profile, "tokens": (99, 99, 99)} for profile in engine.key.profiles]
+    beside(copy, engine, "narrow", profiles=tuple(other))
+    (run,) = open_bundle(copy).engines("transformer", 89)
+    assert run.file == "narrow.engine"
+    (work,) = engine_bundle.check(copy, order()).work
+    assert work.sentence() == "transformer: SM89 has an engine of its own, which is another"
+    assert (work.key.targets, [e.file for e in work.old]) == ((89,), ["narrow.engine"])
+    (work,) = engine_bundle.check(copy, order(gpus=("sm89", "sm120"))).work
+    assert work.key.targets == (89,)
+    assert not engine_bundle.check(copy, order(gpus=("sm120",))).work
+
+
+def test_engines_that_embed_weights_take_the_place_of_those_that_do_not(copy: Path) -> None:
+    (engine,) = of_transformer(copy)
+    bare = engine.model_copy(update={"weights": "inputs", "key": engine.key})
+    beside(copy, bare, "bare", options=engine.key.options | {"weights as inputs": 1})
+    (run,) = open_bundle(copy).engines("transformer", 89)
+    assert run.weights == "inputs"
+    (work,) = engine_bundle.check(copy, order(branches=2)).work[:1]
+    assert {e.file for e in work.old} == {engine.file, "bare.engine"}
+
+
+def test_sizes_that_follow_from_a_clip_are_not_among_the_reasons(copy: Path) -> None:
+    old = {"frames": (9, 9, 9), "latent_frames": (2, 2, 2), "height_3": (8, 8, 8)}
+    old |= {"latent_height": (2, 2, 2), "timesteps": (1, 1, 1)}
+    new = {axis: (2 * size, 2 * size, 2 * size) for axis, (size, _, _) in old.items()}
+    (engine,) = of_transformer(copy)
+    before = engine.key.model_copy(update={"profiles": (old,)})
+    after = engine.key.model_copy(update={"profiles": (new,)})
+    assert engine_work._difference(before, after) == [
+        "profile 0 has latent_frames 2, now it is 4",
+        "profile 0 has latent_height 2, now it is 4",
+        "profile 0 has timesteps 1, now it is 2",
+    ]
+    odd = engine.key.model_copy(update={"profiles": (old | {"frames": (1, 1, 1)},)})
+    assert engine_work._difference(before, odd) == ["profile 0 has frames 9, now it is 1"]
+
+
+@pytest.mark.parametrize("amount", ["inf", "1e30"])
+def test_a_workspace_that_is_no_amount_costs_one_line(
+    copy: Path, amount: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert built(copy, "--workspace", amount) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--workspace {float(amount)}: give GiB, at most 1,048,576" in line
 
 
 def flip(file: Path) -> None:
@@ -348,6 +425,13 @@ def test_kernels_that_are_not_the_recipes_are_accepted_only_when_that_is_said(
     assert open_bundle(copy).manifest == before
     assert not list(copy.glob("*sm120*"))
     assert built(copy, "--gpu", "sm120", "--allow-fallback") == 0
+    assert "0 score kernels (listed for SM120 only)\n" in capsys.readouterr().out
+    assert {engine.counted for engine in of_transformer(copy)} == {120}
+    assert built(copy, "--gpu", "sm120") == 2
+    said = capsys.readouterr().err
+    assert "transformer is not what was asked for: 2 of 10 layers are bfloat16; --allow-" in said
+    assert built(copy, "--gpu", "sm120", "--allow-fallback") == 0
+    assert "up to date" in capsys.readouterr().out
 
 
 def test_a_flipped_byte_in_an_engine_is_found_before_anyone_runs_it(copy: Path) -> None:
@@ -366,7 +450,8 @@ def test_an_engine_without_a_hash_is_not_accepted(copy: Path) -> None:
 
 
 def test_two_do_not_build_in_one_bundle(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    handle = os.open(copy, os.O_RDONLY)
+    lock = copy.with_name(f".{copy.name}.lock")
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         assert built(copy, "--gpu", "sm120") == 2

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from ltx_engines import libraries
 from ltx_engines.errors import UserError
 from ltx_engines.targets import Flavour
-from ltx_export import build, build_job, build_process, card
+from ltx_export import build, build_job, build_process, card, engine_order
 from ltx_export.build_job import Built, Job
 from ltx_export.card import Card
 
@@ -90,6 +91,46 @@ def test_whatever_ends_a_builder_is_one_line(
     assert "\n" not in str(failure.value)
 
 
+@pytest.mark.parametrize(
+    ("code", "refused"),
+    [
+        ('print(json.dumps({"failed": "no kernel", "refused": True}))', True),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", True),
+        ("os.abort()", True),
+        ('sys.stderr.write("std::bad_alloc\\n"); sys.stderr.flush(); os.abort()', False),
+        ('print(json.dumps({"failed": "no space left", "refused": False}))', False),
+        ('print(json.dumps({"failed": "no GPU", "mendable": True}))', False),
+        ("os.kill(os.getpid(), signal.SIGKILL)", False),
+        ("os.kill(os.getpid(), signal.SIGTERM)", False),
+        ('raise ImportError("libcudart.so.13")', False),
+    ],
+)
+def test_only_what_the_builder_says_or_does_itself_is_a_verdict_on_the_graph(
+    code: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError) as failure:
+        finish(acting(code, monkeypatch))
+    assert isinstance(failure.value, build_process.RefusalError) is refused
+
+
+@pytest.mark.parametrize(
+    ("found", "gpus", "said"),
+    [
+        (None, ("h200",), "there is none here"),
+        (Card("H100", 90, 1), ("h200", "rtx4090"), "is SM90, not for SM89, SM90"),
+        (Card("RTX 4090", 89, 1), ("h200",), "is SM89, not for SM90"),
+    ],
+)
+def test_tensorrt_is_refused_without_its_gpu_before_anything_is_exported(
+    found: Card | None, gpus: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(card, "at_hand", lambda: found)
+    monkeypatch.setattr(build, "version", lambda _: "11.0")
+    order = engine_order.Order(gpus, ("96x96x17",), backend="tensorrt")
+    with pytest.raises(UserError, match=said):
+        engine_order.check_early(order)
+
+
 PID = """
 signal.signal(signal.SIGTERM, signal.{0})
 print(json.dumps({{"phase": str(os.getpid()), "done": 0, "of": 0}}), flush=True)
@@ -126,14 +167,14 @@ def test_a_builder_does_not_outlive_who_asked_for_it() -> None:
 def test_a_builder_that_is_missing_costs_one_line_with_the_command(
     flavour: Flavour, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "find_spec", lambda _: None)
+    monkeypatch.setattr(libraries, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=f"builds for {flavour}; pip install"):
         build.version(flavour)
 
 
 def test_the_version_is_known_without_loading_the_builder() -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="the builder is an extra")
-    assert build.version("tensorrt-rtx") == trt.__version__
+    assert build.version("tensorrt-rtx") == libraries.released(trt.__version__)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +186,7 @@ def test_tensorrt_builds_only_for_the_gpu_at_hand(
 ) -> None:
     monkeypatch.setattr(card, "at_hand", lambda: found)
     with pytest.raises(UserError, match=said):
-        build._check_card((86, 89))
+        build.check_card((86, 89))
 
 
 FREED = """

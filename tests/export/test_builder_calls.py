@@ -87,6 +87,8 @@ class Recorder:
     builds: bool = True
     typed: bool = True
     version: str = "11.0"
+    activations: tuple[int, ...] = (123,)
+    more: dict[str, str] = field(default_factory=dict)
     config: Config = field(default_factory=Config)
     flags: list[int] = field(default_factory=list)
     marked: list[str] = field(default_factory=list)
@@ -106,7 +108,7 @@ class Recorder:
             ComputeCapability=SimpleNamespace(SM86="SM86", SM89="SM89"),
             MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
             BuilderFlag=SimpleNamespace(
-                REFIT="refit", REFIT_INDIVIDUAL="marked", WEIGHT_STREAMING="stream"
+                REFIT="refit", REFIT_INDIVIDUAL="marked", WEIGHT_STREAMING="stream", **self.more
             ),
             DataType=SimpleNamespace(BF16="bf16", HALF="f16", FLOAT="f32", INT64="i64"),
         )
@@ -117,7 +119,8 @@ class Recorder:
             assert config.progress_monitor.step_complete("Building", 0)
             writer.write(b"pl")
             writer.write(b"an")
-            log.log(4, "Total Activation Memory: 123 bytes")
+            for size in self.activations:
+                log.log(4, f"Total Activation Memory: {size} bytes")
             log.log(4, "Layers:\nName: k, LayerType: kgen, Inputs: [], Constants: [], Outputs: []")
             if not self.builds:
                 log.log(0, "no kernel\nfor this")
@@ -192,6 +195,24 @@ def test_rtx_is_told_its_targets_and_tensorrt_is_not(
     assert rtx.config.num_compute_capabilities == 2  # type: ignore[attr-defined]
     assert classic.config.capabilities == {}
     assert rtx.config.profiles == classic.config.profiles == [{"latents": SHAPES}]
+
+
+@pytest.mark.parametrize(
+    ("flavour", "target", "set_"), [("tensorrt-rtx", 86, ["user"]), ("tensorrt", 90, [])]
+)
+def test_engines_of_rtx_ask_the_driver_for_no_memory_while_they_run(
+    flavour: Flavour,
+    target: int,
+    set_: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A CUDA graph could not hold that. Streamed weights are never captured."""
+    plain, streams = (Recorder(more={"REQUIRE_USER_ALLOCATION": "user"}) for _ in range(2))
+    run(plain, job(tmp_path, flavour, (target,)), monkeypatch)
+    run(streams, job(tmp_path, flavour, (target,), weight_streaming=True), monkeypatch)
+    assert plain.config.set == set_
+    assert streams.config.set == ["stream"]
 
 
 @pytest.mark.parametrize(("typed", "flags"), [(True, 2), (False, 0)])
@@ -310,6 +331,15 @@ def test_the_engine_is_written_and_hashed_on_the_way_and_its_table_beside_it(
     assert [layer.name for layer in layer_table.read(order.layers)] == ["k"]
 
 
+@pytest.mark.parametrize("sizes", [(18_509_312, 8_797_696), (8_797_696, 18_509_312)])
+def test_the_activations_are_those_of_the_largest_profile_wherever_it_stands(
+    sizes: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(activations=sizes)
+    built = run(recorder, job(tmp_path, "tensorrt-rtx", (86,)), monkeypatch)
+    assert built.activations == 18_509_312
+
+
 @pytest.mark.parametrize(
     ("recorder", "said"),
     [
@@ -324,6 +354,12 @@ def test_a_refusal_is_the_builders_first_complaint(
 ) -> None:
     with pytest.raises(BuildError, match=said):
         run(recorder, job(tmp_path, "tensorrt", (90,)), monkeypatch)
+
+
+def test_a_package_that_was_made_again_holds_the_same_builder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(Recorder(version="11.0.post1"), job(tmp_path, "tensorrt", (90,)), monkeypatch)
 
 
 def test_another_version_than_the_one_of_the_key_builds_nothing(

@@ -1,6 +1,7 @@
 """What `ltx-export inspect` says of engines."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,22 @@ def test_a_bundle_and_its_engine_say_the_same(
     assert "fc_myl0_1" not in of_bundle
 
 
+def test_rows_that_only_wait_are_no_kernels_and_the_one_gpu_of_the_table_is_named(
+    folder: Path,
+) -> None:
+    (engine,) = engine_inspection.read(folder)
+    key = engine.entry.key.model_copy(update={"targets": (89, 120)})
+    entry = engine.entry.model_copy(update={"key": key, "accepted": ("2 of 10 layers",)})
+    waits = tuple(Layer(f"{kind}_9", kind, (), (), (), frozenset()) for kind in ("wait", "signal"))
+    both = replace(engine, entry=entry, table=(*engine.table, *waits))
+    said = "\n".join(engine_inspection.lines((both,), layers=True))
+    assert "  6 kernels, " in said
+    assert "softmaxes (listed for SM120 only)\n" in said
+    assert "accepted though not as asked: 2 of 10 layers\n" in said
+    assert "wait_9" not in said
+    assert "signal_9" not in said
+
+
 def test_every_kernel_has_a_row_when_layers_are_asked_for(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,6 +96,41 @@ def test_a_plan_that_is_not_the_one_that_was_built_is_not_opened(
     (folder / PLAN).write_bytes(b"A plan")
     with pytest.raises(UserError, match="its hash is another"):
         engine_inspection.read(folder)
+
+
+def test_a_table_with_a_flipped_byte_is_not_printed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = bytearray((folder / LAYERS).read_bytes())
+    data[data.index(b"gemm")] ^= 1
+    (folder / LAYERS).write_bytes(data)
+    assert cli.main(["inspect", str(folder)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"{LAYERS} is not the one that was built: its hash is another" in captured.err
+
+
+def test_it_says_whether_the_engine_itself_was_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (engine,) = engine_inspection.read(folder)
+    *_, source = engine_inspection.lines((engine,), layers=False)
+    assert "as built; the engine's own hash was not read" in source
+    assert engine_inspection.document((engine,))[0]["engine_hashed"] is False
+    monkeypatch.setattr(card, "at_hand", lambda: Card("RTX 4090", 89, 10**9))
+    monkeypatch.setattr(polygraphy_engine, "inspected", lambda *_: "{}")
+    (engine,) = engine_inspection.read(folder)
+    *_, source = engine_inspection.lines((engine,), layers=False)
+    assert ", both as built" in source
+
+
+def test_a_folder_that_is_nothing_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}', encoding="utf-8")
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "is neither a bundle (no manifest.json) nor a text encoder" in said
 
 
 @pytest.mark.parametrize("name", ["x.engine", "x.plan"])

@@ -76,7 +76,10 @@ def test_words_mean_numbers(words: Words, numbers: Numbers) -> None:
     ("words", "said"),
     [
         (Words("fp9"), "unknown precision 'fp9'; did you mean 'fp8'"),
-        (Words(rest_precision="fp8"), "unknown precision 'fp8'"),
+        (Words(rest_precision="fp8"), "--rest-precision fp8: it is of what is not quantized"),
+        (Words("fp8", rest_precision="fp32"), "--rest-precision fp32: .* fp16 or bf16"),
+        (Words("fp8", rest_precision="float32"), "--rest-precision float32: .* fp16 or bf16"),
+        (Words(rest_precision="bf17"), "did you mean 'bf16'"),
         (Words("bf16", rest_precision="fp16"), "--rest-precision is given too"),
         (Words("bf16", recipe="fp8"), "--recipe is given too"),
         (Words("fp8", recipe="mine.toml"), "is a recipe already; leave out --recipe"),

@@ -45,11 +45,21 @@ def test_a_line_of_the_log_is_known_as_a_table_by_its_layers() -> None:
 
 
 def test_a_kernel_that_multiplies_for_two_layers_counts_for_both() -> None:
+    """And a row by which streams wait is none."""
     counts = layer_table.counts(TABLE, WANTED)
     assert counts == {
-        **{"kernels": 3, "products in FP8": 2},
+        **{"kernels": 2, "products in FP8": 2},
         **{"fused attentions": 1, "score kernels": 0},
     }
+
+
+@pytest.mark.parametrize("targets", [(89, 120), (120, 89)])
+def test_of_an_engine_for_several_gpus_it_is_said_whose_kernels_are_counted(
+    targets: tuple[int, int],
+) -> None:
+    assert layer_table.listed(targets) == 120
+    assert layer_table.of_one(targets) == " (listed for SM120 only)"
+    assert layer_table.of_one(targets[:1]) == ""
 
 
 def test_an_engine_as_the_recipe_says_has_no_problems() -> None:

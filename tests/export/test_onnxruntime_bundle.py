@@ -37,18 +37,27 @@ def test_float16_is_for_cuda_with_attention_in_one_node(
     assert {stage.opset for stage in manifest.stages.values()} == {20}
     assert manifest.stages["transformer"].domains == ("com.microsoft",)
     assert not manifest.engines
-    assert manifest.onnxruntime["transformer"].providers == ("cuda",)
+    assert manifest.onnxruntime["transformer"].providers == ("cuda", "tensorrt-rtx")
     decoder = manifest.onnxruntime["vae_decoder"]
     assert decoder.providers == ("cpu", "cuda", "tensorrt-rtx")
     assert [profile["latent_width"] for profile in decoder.profiles] == [(2, 2, 2), (3, 3, 3)]
     said = capsys.readouterr().out
-    assert said.startswith(
-        "transformer: cuda\nnot tensorrt-rtx: stage transformer has ONNX Runtime"
-    )
+    assert said == "transformer: cuda, tensorrt-rtx\nvae_decoder: cpu, cuda, tensorrt-rtx\n"
     assert built(out, *SHAPES) == 0
     assert capsys.readouterr().out == f"{out}: up to date (transformer, vae_decoder)\n"
     assert built(out, "--shape", "64x64x9") == 0
     assert len(bundle.read(out).onnxruntime["vae_decoder"].profiles) == 1
+
+
+def test_a_builder_reads_onnx_runtimes_own_attention_as_one_kernel(tmp_path: Path) -> None:
+    """For which bundles list the provider that asks the same parser."""
+    pytest.importorskip("tensorrt_rtx", reason="the builder is an extra")
+    out = from_checkpoint(tmp_path, "--precision", "fp16")
+    words = ["--stages", "transformer", "--gpu", "sm89", *SHAPES[:2], "--branches", "1"]
+    assert cli.main(["build-engine", str(out), *words]) == 0
+    (engine,) = (e for e in bundle.read(out).engines if e.key.stage == "transformer")
+    assert engine.counts["fused attentions"] == 6
+    assert engine.counts["score kernels"] == 0
 
 
 def test_fused_attention_computes_what_the_written_out_one_does(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Generator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from onnx import TensorProto, helper
 
 from ltx_engines import bundle
 from ltx_engines.errors import UserError
-from ltx_export import card, cli, debug_layers, refused_nodes
+from ltx_export import build_process, card, cli, debug_layers, refused_nodes
 from ltx_export.refused_nodes import Cuts, Refused
 
 TINY = Path(__file__).parents[2] / "runtime/ltx_trt/ltx_tiny"
@@ -158,6 +159,38 @@ def test_what_is_built_says_why_numbers_are_not_looked_at(
     assert numbers == (
         "numbers: not looked at, no NVIDIA GPU is here; give the same command on SM89"
     )
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "most likely for want of host"),
+        ("import not_installed", "No module named 'not_installed'"),
+    ],
+)
+def test_what_is_not_the_builders_verdict_blames_no_node(
+    code: str,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="the builder is an extra")
+    monkeypatch.setattr(build_process, "COMMAND", (sys.executable, "-c", code))
+    folder = hand_made(tmp_path / "bundle", chain("Relu", "Tanh"))
+    words = ["debug-layers", str(folder / "transformer.onnx"), "--gpu", "sm89"]
+    assert cli.main([*words, "--shape", "64x64x9"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_graph_of_a_bundle_is_its_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = hand_made(tmp_path / "bundle", chain("Relu", "Tanh"))
+    words = ["debug-layers", str(folder / "transformer.onnx"), "--stage", "vae_decoder"]
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert "is the stage transformer, not vae_decoder; leave out --stage" in said
 
 
 def test_a_graph_that_breaks_its_own_rules_costs_one_line(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from ltx_engines.bundle import Bundle, EngineEntry, open_bundle
 from ltx_engines.cache_key import Part
 from ltx_engines.errors import UserError
 from ltx_engines.stages import SAMPLER_STEP
-from ltx_export import build_process, cli, engine_bundle
+from ltx_export import block_groups, build_process, cli, engine_bundle
 from ltx_export.block_groups import STAGE
 from ltx_export.build_job import Job
 from tests.export import quantized_files
@@ -77,12 +78,56 @@ def test_the_step_of_the_sampler_is_built_with_the_transformer(split: Path) -> N
     assert step.key.profiles[0]["tokens"] == (8, 8, 8)
 
 
-@pytest.mark.parametrize("options", [(), ("--split", "2"), ("--split", "auto")])
+@pytest.mark.parametrize("options", [(), ("--split", "2")])
 def test_a_chain_is_up_to_date_however_it_came_to_be_split(
     split: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert built(split, *options) == 0
     assert capsys.readouterr().out == f"{split}: up to date (transformer)\n"
+
+
+def order(**changes: Any) -> engine_bundle.Order:
+    usual: dict[str, Any] = {"gpus": ("sm89",), "shapes": ("64x64x9",), "branches": 1}
+    return engine_bundle.Order(**usual | {"stages": (STAGE,)} | changes)
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The fewest parts that there is room for; tests change it."""
+    fewest = [1]
+    monkeypatch.setattr(
+        block_groups._Sizes,
+        "problem",
+        lambda _, parts, __: "too much" if len(parts) < fewest[0] else "",
+    )
+    return fewest
+
+
+def numbers(folder: Path, **changes: Any) -> list[int]:
+    """Of the chains that are built for an order."""
+    work = engine_bundle.check(folder, order(**changes)).work
+    return [w.key.part.of if w.key.part else 1 for w in work if w.key.stage == STAGE]
+
+
+def test_auto_is_counted_anew_whatever_is_there(split: Path, room: list[int]) -> None:
+    assert numbers(split, split="auto") == [1]
+    room[0] = 2
+    assert numbers(split, split="auto") == []
+    room[0] = 3
+    assert numbers(split, split="auto") == [3, 3, 3]
+
+
+def test_a_split_stays_only_as_long_as_it_is_enough(split: Path, room: list[int]) -> None:
+    room[0] = 3
+    assert numbers(split) == []  # nothing changed: it is there and runs
+    assert numbers(split, branches=2) == [3, 3, 3]
+    room[0] = 1
+    assert numbers(split, branches=2) == [2, 2]
+
+
+def test_the_memory_of_the_host_decides_about_an_engine_that_is_there(split: Path) -> None:
+    with pytest.raises(UserError, match="give more with --host-memory"):
+        numbers(split, split="auto", host_memory=10**6)
 
 
 def test_another_split_is_said_in_one_line_and_takes_the_place_of_the_old_one(

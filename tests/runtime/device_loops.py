@@ -179,7 +179,7 @@ def runner(
         file=name, layers="layers.json", key=key, inputs=inputs, outputs=outputs, activations=0
     )
     file = plan.write(graphs.step.with_name(name))
-    engine = device.library.load(file)
+    engine = device.library.load(file, streams=bool(streamable))
     if streamable:
         engine.set_streaming_budget(streamable // 2)
     return EngineRunner(engine, device.arena, entry, streamed=bool(streamable))

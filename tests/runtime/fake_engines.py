@@ -41,6 +41,7 @@ class Plan:
     weights: int = 1000
     streamable: int = 0
     refittable: tuple[str, ...] = ()
+    capturable: bool = True
 
     def write(self, file: Path) -> Path:
         file.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
@@ -74,7 +75,14 @@ class FakeLibrary:
         self.gpu, self.flavour, self.version = gpu, flavour, version
         self._sessions: dict[str, Any] = {}
 
-    def load(self, plan: Path, *, cache: Path | None = None, swaps: bool = False) -> "FakeEngine":
+    def load(
+        self,
+        plan: Path,
+        *,
+        cache: Path | None = None,
+        swaps: bool = False,
+        streams: bool = False,
+    ) -> "FakeEngine":
         read = read_plan(plan)
         self.gpu.note("load", read.name)
         if (read.flavour, read.version) != (self.flavour, self.version):
@@ -84,7 +92,7 @@ class FakeLibrary:
         if read.graph not in self._sessions:
             self._sessions[read.graph] = session(read.graph)
         engine = FakeEngine(self.gpu, read, self._sessions[read.graph], cache)
-        engine.swaps = swaps and self.flavour == "tensorrt-rtx"
+        engine.swaps, engine.streams = swaps and self.flavour == "tensorrt-rtx", streams
         return engine
 
 
@@ -111,7 +119,7 @@ class FakeEngine:
         self.contexts: list[FakeContext] = []
         self.budget, self.revision = plan.streamable, 0
         self.given: dict[str, NDArray[Any]] = {}
-        self.swaps, self.awake = False, True
+        self.swaps, self.streams, self.awake = False, False, True
         self.fixed, self.placed = plan.weights - plan.streamable, 0
         self.gpu.take(self.fixed)
         self._handle = gpu.opened(f"engine {plan.name}")
@@ -137,8 +145,7 @@ class FakeEngine:
         self.gpu.note("context", self.plan.name, profile)
         if any(context.profile == profile for context in self.contexts):
             raise MisuseError(f"two contexts with profile {profile}")
-        self.gpu.take(self.budget - self.placed)  # until then they are in the host's memory
-        self.placed = self.budget
+        self._place(self.budget)  # whoever never set one has them all
         context = FakeContext(self, profile)
         self.contexts.append(context)
         return context
@@ -157,8 +164,15 @@ class FakeEngine:
             raise EngineError("the budget is set before any context is made")
         if size < 0:
             raise EngineError(f"a budget of {size}")
-        self.budget = min(size, self.plan.streamable)
+        if not self.streams:
+            raise MisuseError("it was not said at the load that weights stay on the host")
+        self._place(min(size, self.plan.streamable))
         return self.scratch
+
+    def _place(self, budget: int) -> None:
+        """So many bytes of the weights that can be streamed are on the GPU."""
+        self.gpu.take(budget - self.placed)
+        self.budget = self.placed = budget
 
     def sleep(self) -> bool:
         if self.swaps:
@@ -241,6 +255,16 @@ class FakeContext:
         self.gpu.bytes_at(address, 1)
         self._addresses[name] = address
 
+    def capturable(self, stream: Stream) -> bool:
+        self.gpu.note("capturable", self.engine.plan.name, stream)
+        if self.gpu.capturing():
+            raise MisuseError("asked too late")
+        return self._capturable
+
+    @property
+    def _capturable(self) -> bool:
+        return self.engine.plan.capturable and not self.engine.scratch
+
     def enqueue(self, stream: Stream) -> None:
         self.gpu.note("enqueue", self.engine.plan.name, self.profile, stream)
         self._check_shapes()
@@ -248,8 +272,8 @@ class FakeContext:
             raise EngineError(f"no address for {', '.join(missing)}")
         if self._block is None or self._block[1] < self.memory():
             raise MisuseError(f"{self._block} is no room for {self.memory()} bytes of activations")
-        if self.gpu.capturing() and self.engine.scratch:
-            raise EngineError("streamed weights cannot be captured")
+        if self.gpu.capturing() and not self._capturable:
+            raise EngineError("streamed weights, or memory of its own, cannot be captured")
         work = _Run(self, dict(self._shapes), dict(self._addresses), self._block)
         work.read()  # every input is where it is said to be, as large as it is said to be
         self.gpu.submit(stream, Work(work, owner=self, block=work.range))

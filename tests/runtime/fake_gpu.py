@@ -7,9 +7,9 @@ ONNX graphs; their plan is a line of JSON (`fake_engines.py` reads it).
 
 import bisect
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from threading import RLock
 from typing import Any, ParamSpec, TypeVar
 
@@ -17,13 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ltx_trt.session.driver import Address, Bytes, DeviceError, Event, Graph, Stream
+from tests.runtime.fake_work import ALIGNMENT, Failure, HostMemory
 from tests.runtime.fake_work import MisuseError as MisuseError
 from tests.runtime.fake_work import Work as Work
+from tests.runtime.fake_work import checked as checked
 
-ALIGNMENT = 256
 FIRST, GAP = 0x7F00_0000_0000, 4096
 FRESH = 0xCD
 """Memory that nobody has written to; as float32 -4e8, as bfloat16 the same."""
+
+SILENT = ("close_engine", "close_context")  # destructors raise nothing
 
 Call = tuple[Any, ...]
 """The method's name and what it was given, addresses and handles as numbers."""
@@ -33,12 +36,6 @@ Call = tuple[Any, ...]
 class _Stream:
     queue: deque[Work] = field(default_factory=deque)
     captured: list[Work] | None = None
-
-
-@dataclass(slots=True)
-class _Failure:
-    after: int
-    error: Exception
 
 
 P = ParamSpec("P")
@@ -79,11 +76,13 @@ class FakeGpu:
         self._graphs: dict[Graph, list[Work]] = {}
         self._handles = 0
         self._open: dict[int, str] = {}
-        self._failures: dict[str, list[_Failure]] = {}
+        self._failures: dict[str, list[Failure]] = {}
+        self._broken: Exception | None = None
 
-    def fail(self, name: str, error: Exception, *, after: int = 0) -> None:
-        """The call `name` raises, once, when it has succeeded `after` times more."""
-        self._failures.setdefault(name, []).append(_Failure(after, error))
+    def fail(self, name: str, error: Exception, *, after: int = 0, stays: bool = False) -> None:
+        """The call `name` raises, once, when it has succeeded `after` times more; with `stays`
+        every call does from then on, as after a kernel's illegal access."""
+        self._failures.setdefault(name, []).append(Failure(after, error, stays))
 
     def count(self, name: str) -> int:
         return len(self.named(name))
@@ -125,7 +124,10 @@ class FakeGpu:
         for failure in self._failures.get(call[0], []):
             failure.after -= 1
             if failure.after == -1:
+                self._broken = failure.error if failure.stays else None
                 raise failure.error
+        if self._broken is not None and call[0] not in SILENT:
+            raise self._broken
 
     def opened(self, what: str) -> int:
         """A handle that `leaks` speaks of until `gone`."""
@@ -167,6 +169,7 @@ class FakeGpu:
         return any(state.captured is not None for state in self._streams.values())
 
     def memory(self) -> tuple[int, int]:
+        self.note("memory")
         return self._total - self.used, self._total
 
     @_alone
@@ -211,11 +214,8 @@ class FakeGpu:
             raise MisuseError("what is unpinned was not pinned")
 
     def is_pinned(self, array: NDArray[Any]) -> bool:
-        begin = array.ctypes.data
-        return any(
-            start <= begin and begin + array.nbytes <= start + memory.nbytes
-            for start, memory in self._pinned.items()
-        )
+        begin, size = array.ctypes.data, array.nbytes
+        return any(0 <= begin - at <= m.nbytes - size for at, m in self._pinned.items())
 
     def stream(self) -> Stream:
         self.note("stream")
@@ -240,7 +240,12 @@ class FakeGpu:
         if self._stream(stream).captured is not None:
             raise MisuseError("an upload from the host inside a capture")
         self.bytes_at(target, source.nbytes)
-        self.submit(stream, Work(lambda: self._write(target, source)))
+        host = self._host(source)
+
+        def write() -> None:
+            self.bytes_at(target, host.size)[:] = host.bytes()
+
+        self.submit(stream, Work(write))
 
     def download(self, target: NDArray[Any], source: Address, stream: Stream) -> None:
         self.note("download", source, target.nbytes, stream, self.is_pinned(target))
@@ -248,9 +253,10 @@ class FakeGpu:
         if self._stream(stream).captured is not None:
             raise MisuseError("a download to the host inside a capture")
         self.bytes_at(source, target.nbytes)
+        host = self._host(target)
 
         def read() -> None:
-            target.reshape(-1).view(np.uint8)[:] = self.bytes_at(source, target.nbytes)
+            host.bytes()[:] = self.bytes_at(source, host.size)
 
         self.submit(stream, Work(read))
 
@@ -366,8 +372,12 @@ class FakeGpu:
             raise MisuseError(f"there is no event {event}")
         return self._events[event]
 
-    def _write(self, target: Address, source: NDArray[Any]) -> None:
-        self.bytes_at(target, source.nbytes)[:] = source.reshape(-1).view(np.uint8)
+    def _host(self, array: NDArray[Any]) -> HostMemory:
+        """A piece of pinned memory, or what the caller holds."""
+        for start, memory in self._pinned.items():
+            if start <= array.ctypes.data < start + memory.nbytes:
+                return HostMemory.of(array, partial(self._pinned.get, start))
+        return HostMemory.of(array)
 
     @_alone
     def _drain(self, stream: Stream) -> None:
@@ -376,8 +386,7 @@ class FakeGpu:
             self._step(queue)
 
     def _step(self, queue: deque[Work]) -> None:
-        work = queue.popleft()
-        work.do()
+        queue.popleft().do()
 
     @_alone
     def _until(self, event: Event, ticket: int) -> None:
@@ -389,9 +398,3 @@ class FakeGpu:
                 while self._passed.get(event, 0) < ticket:
                     self._step(state.queue)
                 return
-
-
-def checked(addresses: Iterable[int]) -> None:
-    for address in addresses:
-        if address % ALIGNMENT:
-            raise MisuseError(f"{address:#x} is not a multiple of {ALIGNMENT}")

@@ -3,6 +3,7 @@
 The names are those of TensorRT-RTX 1.7.1 (its module) and TensorRT 11.1 (python/src/infer).
 """
 
+import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -26,7 +27,8 @@ BF16, FLOAT, FP8 = DataType("BF16"), DataType("FLOAT"), DataType("FP8")
 
 TENSORS = {"latents": (BF16, (-1, -1, 8), "in"), "timestep": (FLOAT, (1,), "in")}
 TENSORS |= {"velocity": (BF16, (-1, -1, 8), "out")}
-WEIGHTS = {"a": (BF16, 6), "b": (FP8, 4)}
+WEIGHTS = {"a": (BF16, 6), "b": (FP8, 4), "d": (BF16, 6), "e": (BF16, 6)}
+BYTES = {BF16: 2, FP8: 1}
 
 
 @dataclass
@@ -43,7 +45,10 @@ class Recorder:
     missing: list[str] = field(default_factory=list)
     needs: int = 512
     streamable: int = 0
-    cached: bytes = b"compiled"
+    cached: bytes | None = b"compiled"
+    capturable: bool = True
+    given: dict[str, Call] = field(default_factory=dict)
+    refitted: dict[str, bytes] = field(default_factory=dict)
     logger: Any = None
 
     def note(self, name: str, *arguments: Any, answer: Any = True) -> Any:
@@ -79,16 +84,19 @@ class Recorder:
             found.CudaGraphStrategy = SimpleNamespace(DISABLED="none")
             found.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
             found.EngineValidity = SimpleNamespace(INVALID="invalid", SUBOPTIMAL="suboptimal")
-            found.EngineInvalidityDiagnostics = Enum(VERSION_MISMATCH=1, UNSUPPORTED_CC=2)
+            kinds = Enum(VERSION_MISMATCH=1, UNSUPPORTED_CC=2, INSUFFICIENT_GPU_MEMORY=16)
+            found.EngineInvalidityDiagnostics = kinds
         return found
 
     def runtime(self, logger: Any) -> Any:
         self.logger = logger
-        found = SimpleNamespace(
-            deserialize_cuda_engine=lambda plan: self.note(
-                "deserialize_cuda_engine", bytes(plan), answer=Engine(self)
-            )
-        )
+        found = SimpleNamespace()
+
+        def deserialize(plan: Any) -> Any:
+            engine = Engine(self, deferred=getattr(found, "defer_weights_loading", False))
+            return self.note("deserialize_cuda_engine", bytes(plan), answer=engine)
+
+        found.deserialize_cuda_engine = deserialize
         if self.rtx:
             found.defer_weights_loading = False
             found.get_engine_validity = lambda plan: self.note(
@@ -103,19 +111,29 @@ class Recorder:
             dtype, size = WEIGHTS.get(name, (FLOAT, -1))
             return SimpleNamespace(dtype=dtype, size=size)
 
+        def give(name: str, given: Call) -> Any:
+            self.given[name] = given
+            return self.note("set_named_weights", name, given)
+
+        def refit() -> Any:
+            """Only now is what was given looked at."""
+            for name, (_, dtype, address, count) in self.given.items():
+                self.refitted[name] = ctypes.string_at(address, count * BYTES[dtype])
+            return self.note("refit_cuda_engine")
+
         found = SimpleNamespace(
             get_all_weights=lambda: list(WEIGHTS),
             get_weights_prototype=prototype,
-            set_named_weights=lambda name, given: self.note("set_named_weights", name, given),
+            set_named_weights=give,
             get_missing_weights=lambda: self.missing,
-            refit_cuda_engine=lambda: self.note("refit_cuda_engine"),
+            refit_cuda_engine=refit,
         )
         return self.note("Refitter", answer=found)
 
 
 class Engine:
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
+    def __init__(self, recorder: Recorder, *, deferred: bool) -> None:
+        self.recorder, self._deferred, self._loaded = recorder, deferred, not deferred
         self.name, self.refittable = "transformer", True
         self.num_optimization_profiles, self.num_io_tensors = 2, len(TENSORS)
         self.streamable_weights_size = recorder.streamable
@@ -164,11 +182,19 @@ class Engine:
     def create_engine_inspector(self) -> Any:
         return SimpleNamespace(get_engine_information=lambda form: f"the layers as {form}")
 
-    def unload_weights(self) -> Any:
-        return self.recorder.note("unload_weights")
+    def unload_weights(self) -> bool:
+        return self._turn("unload_weights", loaded=False)
 
-    def load_weights(self, plan: Any) -> Any:
-        return self.recorder.note("load_weights", bytes(plan))
+    def load_weights(self, plan: Any) -> bool:
+        return self._turn("load_weights", bytes(plan), loaded=True)
+
+    def _turn(self, name: str, *arguments: Any, loaded: bool) -> bool:
+        """As the library does it: only of an engine that was deserialized without weights."""
+        done = bool(self.recorder.note(name, *arguments))
+        if not (done and self._deferred and self._loaded != loaded):
+            return False
+        self._loaded = loaded
+        return True
 
 
 class RuntimeConfig:
@@ -181,7 +207,7 @@ class RuntimeConfig:
     def create_runtime_cache(self) -> Any:
         return SimpleNamespace(
             deserialize=lambda data: self.recorder.note("cache.deserialize", data),
-            serialize=lambda: self.recorder.cached,
+            serialize=lambda: self.recorder.note("serialize", answer=self.recorder.cached),
         )
 
     def set_runtime_cache(self, _: Any) -> Any:
@@ -193,6 +219,12 @@ class Context:
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
+        if recorder.rtx:
+            self.is_stream_capturable = self._is_stream_capturable
+
+    def _is_stream_capturable(self, stream: int) -> bool:
+        self.recorder.note("is_stream_capturable", stream)
+        return self.recorder.capturable
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name not in METHODS:
@@ -227,7 +259,7 @@ def used_of_rtx() -> Iterator[tuple[str, set[str]]]:
     yield "ICudaEngine", {*own, "name", "refittable", "num_optimization_profiles"}
     yield "ICudaEngine", {"num_io_tensors", "streamable_weights_size"}
     own = {name for name in vars(Context) if not name.startswith("_")}
-    yield "IExecutionContext", own | METHODS
+    yield "IExecutionContext", own | METHODS | {"is_stream_capturable"}
     own = {name for name in vars(RuntimeConfig) if not name.startswith("_")}
     graphs = {"cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy"}
     yield "IRuntimeConfig", own | graphs
@@ -243,4 +275,6 @@ def used_of_rtx() -> Iterator[tuple[str, set[str]]]:
     yield "CudaGraphStrategy", {"DISABLED"}
     yield "DynamicShapesKernelSpecializationStrategy", {"EAGER"}
     yield "EngineValidity", {"INVALID", "SUBOPTIMAL"}
+    yield "EngineInvalidityDiagnostics", {"INSUFFICIENT_GPU_MEMORY"}
+    yield "BuilderFlag", {"REQUIRE_USER_ALLOCATION"}  # build.py's, for what we capture
     yield "ILogger", {"ERROR", "WARNING"}

@@ -94,12 +94,19 @@ def test_a_chain_that_fits_is_loaded_once_and_may_be_captured(bench: Bench) -> N
     assert not gpu.named("copy")
 
 
+def swaps(places: int, passes: int, *, overlaps: bool) -> list[tuple[int, int]]:
+    """What goes and what comes; after the last pass nobody wants the first part again."""
+    rotation = Rotation(PARTS, places, overlaps)
+    found = [swap for _ in range(passes) for swap in rotation.step()]
+    return found[:-1] if found[-1][1] == 0 else found
+
+
 @pytest.mark.parametrize(("places", "overlaps"), [(3, True), (3, False), (2, True), (1, False)])
 def test_each_step_loads_what_the_rotation_says_and_never_more_than_fits(
     bench: Bench, places: int, overlaps: bool
 ) -> None:
     expected = [f"part{part}" for part in range(places)]
-    rotation = Rotation(PARTS, places, overlaps)
+    expected += [f"part{load}" for _, load in swaps(places, 6, overlaps=overlaps)]
     most = 0
 
     def look(name: str) -> None:
@@ -112,7 +119,6 @@ def test_each_step_loads_what_the_rotation_says_and_never_more_than_fits(
         assert not chain.capturable
         bench.bind(chain)
         for seed in range(6):
-            expected += [f"part{load}" for _, load in rotation.step()]
             bench.step(chain, seed)
     assert loads(bench.gpu) == expected
     assert most == places
@@ -139,6 +145,59 @@ def test_the_next_part_comes_while_the_one_before_it_runs(bench: Bench) -> None:
         ("load", "part3"),
         ("enqueue", "part3"),
     ]
+
+
+def test_the_next_pass_fetches_its_first_part_while_the_last_one_ends(bench: Bench) -> None:
+    """The host is a step ahead: part 3 still waits on the stream when part 0 comes."""
+    gpu = bench.gpu
+    with closing(bench.chain(2)) as chain:
+        bench.bind(chain)
+        bench.step(chain, 0)
+        marks = [event for _, event, _ in gpu.named("record")]
+        assert loads(gpu).count("part0") == 1
+        start = len(gpu.calls)
+        chain.enqueue(bench.stream)
+        chain.enqueue(bench.stream)
+        told = [(call[0], call[1]) for call in gpu.calls[start:]]
+        end = told.index(("record", marks[3]))
+        between = told[end : told.index(("load", "part0"), end)]
+        assert ("synchronize_event", marks[2]) in between
+        assert ("synchronize_event", marks[3]) not in between
+        gpu.synchronize(bench.stream)
+
+
+def test_what_is_at_work_is_waited_for_before_it_is_bound_anew(bench: Bench) -> None:
+    gpu = bench.gpu
+    with closing(bench.chain(4)) as chain:
+        bench.bind(chain)
+        chain.enqueue(bench.stream)
+        start = len(gpu.calls)
+        bench.bind(chain, 9)
+        names = [call[0] for call in gpu.calls[start:]]
+    assert names[0] == "synchronize"
+    assert {"free", "set_shape", "set_address"} < set(names)
+
+
+def test_a_part_at_work_is_not_closed_when_it_cannot_be_waited_for(bench: Bench) -> None:
+    """Until all that was enqueued is done."""
+    gpu, chain = bench.gpu, bench.chain(2)
+    bench.bind(chain)
+    gpu.fail("synchronize_event", DeviceError("not now"))
+    with pytest.raises(DeviceError, match="not now"):
+        chain.enqueue(bench.stream)
+    assert not gpu.count("close_engine")
+    start = len(gpu.calls)
+    chain.close()
+    names = [call[0] for call in gpu.calls[start:]]
+    assert names.index("synchronize") < names.index("close_engine")
+    assert names.count("close_engine") == 2
+
+
+@pytest.mark.parametrize("after", range(PARTS))
+def test_events_that_cannot_all_be_made_are_given_back(bench: Bench, after: int) -> None:
+    bench.gpu.fail("event", DeviceError("no more"), after=after)
+    with pytest.raises(DeviceError, match="no more"):
+        bench.chain(2)
 
 
 def test_a_part_that_was_bound_before_is_bound_in_the_background(bench: Bench) -> None:
@@ -172,15 +231,13 @@ def test_a_part_that_can_sleep_is_deserialized_once(bench: Bench, places: int) -
         bench.bind(whole)
         wanted = [bench.step(whole, seed) for seed in range(4)]
     bench.swaps, gpu = True, bench.gpu
-    overlaps = places > 1
-    rotation = Rotation(PARTS, places, overlaps)
-    swaps = [swap for _ in wanted for swap in rotation.step()]
+    expected = swaps(places, len(wanted), overlaps=places > 1)
     with closing(bench.chain(places)) as chain:
         bench.bind(chain)
         assert [bench.step(chain, seed) for seed in range(4)] == wanted
-    assert gpu.named("sleep") == [("sleep", f"part{going}") for going, _ in swaps]
+    assert gpu.named("sleep") == [("sleep", f"part{going}") for going, _ in expected]
     assert sorted(loads(gpu)) == ["part0", "part1", "part2", "part3", "whole"]
-    assert gpu.count("wake") == len(swaps) - (PARTS - places)
+    assert gpu.count("wake") == len(expected) - (PARTS - places)
 
 
 def test_hidden_states_go_to_and_fro_and_what_is_shared_stays() -> None:
@@ -264,8 +321,9 @@ def test_closing_while_a_part_is_loaded_waits_for_it(bench: Bench) -> None:
 
     chain = bench.chain(2)
     bench.bind(chain)
-    bench.hold = slow
     chain.enqueue(bench.stream)
+    bench.hold = slow
+    chain._fetch(0, 3)  # and Ctrl-C while it is waited for
     assert at_work.wait(10)
     closing_one = Thread(target=chain.close)
     closing_one.start()
@@ -275,6 +333,28 @@ def test_closing_while_a_part_is_loaded_waits_for_it(bench: Bench) -> None:
     closing_one.join(10)
     assert not closing_one.is_alive()
     chain.close()
+
+
+@pytest.mark.parametrize("waited", [True, False])
+def test_what_nobody_was_told_of_is_logged_when_it_is_closed(
+    bench: Bench, caplog: pytest.LogCaptureFixture, *, waited: bool
+) -> None:
+    def refuse(name: str) -> None:
+        raise EngineError(f"no room for {name}")
+
+    with closing(bench.chain(2)) as chain:
+        bench.bind(chain)
+        chain.enqueue(bench.stream)
+        bench.hold = refuse
+        if waited:
+            with pytest.raises(EngineError, match="part 1 of 4: no room"):
+                chain.enqueue(bench.stream)
+        else:
+            chain._fetch(0, 3)
+    warned = [row.message for row in caplog.records if row.levelname == "WARNING"]
+    assert [row.endswith("part 1 of 4: no room for part0") for row in warned] == [True] * (
+        not waited
+    )
 
 
 def test_a_chain_must_be_bound_to_all_that_it_reads(bench: Bench) -> None:

@@ -1,6 +1,7 @@
 """What a bundle runs on; and one line for all that is missing, before anything large is read."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ class World:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.versions: dict[str, str] = {"tensorrt-rtx": RTX}
         self.gpu: FakeGpu | None = FakeGpu()
+        self.gpus: list[FakeGpu] = []
         self.refusal: Exception = UserError("the NVIDIA driver is not installed; install it")
         self.hashed: list[str] = []
         self.opened: list[Flavour] = []
@@ -54,6 +56,9 @@ class World:
         self.opened.append(flavour)
         if self.gpu is None:
             raise self.refusal
+        if self.gpu.closed:
+            self.gpu = FakeGpu(capability=self.gpu.capability, name=self.gpu.name)
+        self.gpus.append(self.gpu)
         return Device.of(self.gpu, FakeLibrary(self.gpu, flavour, self.versions[flavour]))
 
 
@@ -152,6 +157,96 @@ def test_of_two_libraries_that_is_taken_whose_version_is_here(folder: Path, worl
         world.versions, world.gpu = versions, FakeGpu()
         choice.open_stages(folder, Choice()).__exit__(None, None, None)
         assert world.opened[-1] == flavour
+
+
+def test_of_two_libraries_the_one_with_engines_for_this_card_is_taken(
+    folder: Path, world: World
+) -> None:
+    other = Engines(ENGINES.clips, flavour="tensorrt", version=CLASSIC, targets=(120,))
+    engine_bundles.add(folder, other)
+    world.versions = {"tensorrt-rtx": RTX, "tensorrt": CLASSIC}
+    for capability, flavour in ((89, "tensorrt-rtx"), (120, "tensorrt")):
+        world.opened, world.gpus, world.gpu = [], [], FakeGpu(capability=capability)
+        choice.open_stages(folder, Choice()).__exit__(None, None, None)
+        assert world.opened[-1] == flavour
+        assert all(gpu.closed and not gpu.leaks() for gpu in world.gpus)
+
+
+def test_when_neither_library_fits_all_that_is_here_and_all_that_is_wanted_is_said(
+    folder: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Engines(ENGINES.clips, flavour="tensorrt", version=CLASSIC, targets=(120,))
+    engine_bundles.add(folder, other)
+    wanted = f"engines of tensorrt {CLASSIC} for SM120"
+    world.versions = {"tensorrt-rtx": "1.8.0"}
+    assert run(folder) == 2
+    said = complaint(capsys)
+    assert f"has {wanted}, which is not installed and engines of tensorrt-rtx {RTX}" in said
+    assert "for SM89, installed is 1.8.0; pip install tensorrt " in said
+    world.versions = {"tensorrt-rtx": RTX, "tensorrt": CLASSIC}
+    world.gpu = FakeGpu(capability=86, name="RTX 3090")
+    assert run(folder) == 2
+    said = complaint(capsys)
+    here = "this GPU is SM86 (RTX 3090)"
+    assert f"for SM120, {here} and engines of tensorrt-rtx for SM89, {here}; build them" in said
+    assert CPU in said
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime"])
+@pytest.mark.parametrize("flag", ["--keep-loaded", "--no-cuda-graphs"])
+def test_a_flag_that_only_engines_have_is_refused_without_them(
+    folder: Path,
+    make_bundle: MakeBundle,
+    world: World,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    backend: str,
+    flag: str,
+) -> None:
+    if backend == "auto":
+        shutil.rmtree(folder)
+        folder = make_bundle()
+    assert run(folder, "--backend", backend, flag) == 2
+    assert f"{folder} runs on ONNX Runtime, " in (said := complaint(capsys))
+    assert f"; leave out {flag}, or build engines" in said
+    if flag != "--keep-loaded":
+        (prompts := tmp_path / "prompts.txt").write_text("w5\n")
+        words = ("--prompts", prompts, "-o", tmp_path / "out", "--bundle", folder, flag)
+        assert cli.main(["batch", "--backend", backend, *map(str, words)]) == 2
+        assert f"leave out {flag}" in complaint(capsys)
+    assert world.opened == []
+
+
+def test_threads_of_the_cpu_are_refused_when_all_stages_are_on_the_gpu(
+    folder: Path, make_bundle: MakeBundle, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(folder, "--threads", 2) == 2
+    assert f"every stage of {folder} runs on the GPU; leave out --threads" in complaint(capsys)
+    assert world.gpu is not None
+    assert world.gpu.leaks() == []
+    shutil.rmtree(folder)
+    engine_bundles.add(folder := make_bundle(), Engines(ENGINES.clips, ("transformer",)))
+    world.gpu = FakeGpu()
+    assert run(folder, "--threads", 2) == 0
+
+
+@pytest.mark.parametrize("call", ["memory", "synchronize", "enqueue", "upload"])
+@pytest.mark.parametrize("after", range(0, 13, 2))
+def test_a_fault_that_stays_ends_in_one_line(
+    folder: Path, world: World, capsys: pytest.CaptureFixture[str], call: str, after: int
+) -> None:
+    """After a kernel's illegal access every call fails, in whatever order they come."""
+    assert world.gpu is not None
+    fault = DeviceError("CUDA_ERROR_ILLEGAL_ADDRESS")
+    world.gpu.fail(call, fault, after=after, stays=True)
+    code = run(folder)
+    if after < world.gpu.count(call):
+        assert code == 2
+        lines = capsys.readouterr().err.splitlines()
+        (said,) = (line for line in lines if "without an engine of sampler_step" not in line)
+        assert "CUDA_ERROR_ILLEGAL_ADDRESS" in said
+    else:
+        assert code == 0
 
 
 CPU = "or run it on the CPU with --backend onnxruntime"

@@ -216,6 +216,31 @@ def test_the_context_is_set_once_for_each_thread(cuda: Recorder) -> None:
     ]
 
 
+def test_a_thread_that_bears_the_name_of_another_has_no_context_yet(
+    cuda: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their numbers are given out again."""
+    monkeypatch.setattr(threading, "get_ident", lambda: 7)
+    driver = CudaDriver()
+    for _ in range(2):
+        thread = threading.Thread(target=driver.memory)
+        thread.start()
+        thread.join()
+    driver.memory()
+    assert [call[0] for call in cuda.calls[6:]] == ["cuCtxSetCurrent", "cuMemGetInfo"] * 3
+
+
+def test_a_thread_stays_in_the_context_while_others_come_and_go(cuda: Recorder) -> None:
+    driver = CudaDriver()
+    driver.memory()
+    thread = threading.Thread(target=driver.memory)
+    thread.start()
+    thread.join()
+    mark = len(cuda.calls)
+    driver.memory()
+    assert cuda.since(mark) == [("cuMemGetInfo",)]
+
+
 def test_scattered_arrays_are_refused_before_cuda_is_asked(cuda: Recorder) -> None:
     driver = CudaDriver()
     mark = len(cuda.calls)

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from ltx_trt.session.driver import DeviceError
 from ltx_trt.session.engine_api import EngineError
 from tests.runtime import device_loops, fake_gpu
 from tests.runtime.device_loops import GUIDANCE, STEPS, Graphs, Twin, job, runner
-from tests.runtime.fake_engines import FakeLibrary
+from tests.runtime.fake_engines import FakeEngine, FakeLibrary
 from tests.runtime.fake_gpu import FakeGpu
 
 Floats = NDArray[np.float32]
@@ -226,6 +227,17 @@ def test_streamed_weights_are_never_captured(graphs: Graphs) -> None:
         assert (stage.gpu.count("begin_capture"), stage.gpu.count("enqueue")) == (0, 2 * STEPS)
 
 
+def test_an_engine_that_no_graph_can_hold_is_enqueued_in_each_step(graphs: Graphs) -> None:
+    with opened(graphs) as stage:
+        engine = stage.transformer.engine
+        assert isinstance(engine, FakeEngine)
+        engine.plan = replace(engine.plan, capturable=False)
+        found = finished(stage.loop().denoise(job(graphs)))
+        assert (stage.gpu.count("begin_capture"), stage.gpu.count("enqueue")) == (0, 2 * STEPS)
+        wanted = finished(stage.loop(cuda_graphs=False).denoise(job(graphs)))
+        np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize("after", range(STEPS))
 def test_who_stops_leaves_nothing_behind(stage: Stage, graphs: Graphs, after: int) -> None:
     before = stage.gpu.leaks()
@@ -305,6 +317,19 @@ def test_two_engines_that_do_not_fit_are_refused(stage: Stage, graphs: Graphs) -
     stage.step = runner(stage.device, "sampler_step", graphs, "float16")
     with pytest.raises(UserError, match="latents is float32, the sampler step's batch is float16"):
         finished(stage.loop().denoise(job(graphs)))
+
+
+@pytest.mark.parametrize("error", [DeviceError("an illegal address"), EngineError("an illegal")])
+def test_a_step_that_cannot_be_closed_is_told_of(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse() -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.step, "close", refuse)
+        with pytest.raises(UserError, match=r"^stage sampler_step: an illegal"), stage.loop():
+            pass
 
 
 def test_it_is_a_session_that_denoises(stage: Stage, graphs: Graphs) -> None:

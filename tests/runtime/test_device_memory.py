@@ -15,14 +15,15 @@ from ltx_engines.bundle import open_bundle
 from ltx_engines.byte_sizes import said
 from ltx_engines.errors import UserError
 from ltx_trt import cli, job
-from ltx_trt.backend import Backend, Choice
+from ltx_trt.backend import Backend, Choice, Keep
 from ltx_trt.pipeline import Decoded, Planned, generate, plan
 from ltx_trt.request import Wishes, resolve
 from ltx_trt.session import residency, tensorrt_adapter
 from ltx_trt.session.bundle_stages import Stages
 from ltx_trt.session.choice import open_stages
 from ltx_trt.session.device import Device
-from ltx_trt.session.needs import need
+from ltx_trt.session.driver import Address
+from ltx_trt.session.needs import need, of_loop
 from ltx_trt.session.residency import Need, Residency
 from tests.runtime import split_engines
 from tests.runtime.fake_engines import FakeLibrary
@@ -57,13 +58,29 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     return made
 
 
-def planned(stages: Stages) -> Planned:
-    return plan(resolve(WISHES, stages.bundle, None)[0], stages.bundle.manifest)
+class Measured(FakeGpu):
+    """Knows how much was in use at most, at any time."""
+
+    peak = 0
+
+    def allocate(self, size: int) -> Address:
+        address = super().allocate(size)
+        self.peak = max(self.peak, self.used)
+        return address
 
 
-def frames(stages: Stages) -> np.ndarray:
-    stages.prepare(planned(stages))
-    *_, last = generate(resolve(WISHES, stages.bundle, None)[0], stages.bundle, stages)
+STEPS = 120
+NOISY = replace(WISHES, sampler="stochastic", num_inference_steps=STEPS)
+"""Its noises alone are more than everything else beside the weights."""
+
+
+def planned(stages: Stages, wishes: Wishes = WISHES) -> Planned:
+    return plan(resolve(wishes, stages.bundle, None)[0], stages.bundle.manifest)
+
+
+def frames(stages: Stages, wishes: Wishes = WISHES) -> np.ndarray:
+    stages.prepare(planned(stages, wishes))
+    *_, last = generate(resolve(wishes, stages.bundle, None)[0], stages.bundle, stages)
     assert isinstance(last, Decoded)
     return last.frames
 
@@ -87,11 +104,17 @@ def needed(folder: Path, stage: str, *beside: str) -> Need:
     return need(bundle.manifest, chains[0], [entry for chain in chains[1:] for entry in chain])
 
 
-def least(folder: Path, places: int) -> int:
+def loop(folder: Path, wishes: Wishes) -> int:
+    bundle = open_bundle(folder)
+    clip = plan(resolve(wishes, bundle, None)[0], bundle.manifest)
+    return of_loop(bundle.manifest, bundle.engines("transformer", 89), clip)
+
+
+def least(folder: Path, places: int, wishes: Wishes = WISHES) -> int:
     """The budget with which so many parts of the transformer fit."""
     row: Residency
     (row,) = residency.plan([needed(folder, "transformer", "sampler_step")], 2**40)
-    return row.fixed + places * WEIGHTS
+    return row.fixed + loop(folder, wishes) + places * WEIGHTS
 
 
 def free_for(budget: int) -> int:
@@ -117,6 +140,42 @@ def test_a_card_of_just_the_planned_size_plays_the_same_clip(
     parts = [f"transformer.part{part}" for part in range(3)]
     loaded = [name for _, name in gpu.named("load")]
     assert sorted(loaded) == ["sampler_step", "text_encoder", *parts, "vae_decoder"]
+
+
+def test_the_noises_of_all_steps_are_planned_with(bundles: Bundles) -> None:
+    """They are on the GPU from the first step on."""
+    folder = bundles(3)
+    budget = least(folder, 3, NOISY)
+    assert loop(folder, NOISY) > (STEPS - 1) * 4 * CLIP.tokens * 32
+    gpu = Measured()
+    with on(gpu, folder, budget) as stages:
+        frames(stages, NOISY)
+    assert budget - loop(folder, NOISY) < gpu.peak <= budget
+    assert gpu.count("sleep") == 0
+    with on(FakeGpu(), folder, budget - 1) as stages:
+        (note,) = stages.prepare(planned(stages, NOISY))
+    assert "2 of 3 parts fit at once" in note
+
+
+def test_a_longer_loop_takes_the_room_of_what_was_kept(
+    bundles: Bundles, wanted: np.ndarray
+) -> None:
+    folder, gpu = bundles(3), Measured()
+    every = ("text_encoder", "vae_decoder")
+    kept = sum(sum(n.weights) + n.buffers for n in (needed(folder, stage) for stage in every))
+    budget = least(folder, 3) + kept + 2**15
+
+    def device(flavour: str) -> Device:
+        return Device.of(gpu, FakeLibrary(gpu))
+
+    choice = Choice(device_memory=budget, keep=Keep.fitting)
+    with open_stages(folder, choice, open_device=device) as stages:
+        np.testing.assert_array_equal(frames(stages), wanted)
+        assert gpu.count("close_engine") == 0
+        frames(stages, NOISY)
+        assert gpu.peak <= budget
+        assert gpu.count("close_engine") > 5
+    assert gpu.leaks() == []
 
 
 def test_an_engine_that_streams_its_weights_plays_it_in_the_room_that_is_left(
@@ -175,6 +234,22 @@ def test_what_a_stage_needs_is_counted_from_its_tensors(bundles: Bundles) -> Non
     assert with_step.buffers > whole.buffers + SMALL
     decoder = needed(bundles(1), "vae_decoder")
     assert decoder.buffers > 4 * 3 * CLIP.frames * CLIP.height * CLIP.width
+
+
+def test_what_the_loop_takes_beside_its_engines_is_counted_by_step_and_by_prompt(
+    bundles: Bundles,
+) -> None:
+    bundle = open_bundle(bundles(1))
+    chain = bundle.engines("transformer", 89)
+
+    def counted(prompts: int = 3, noises: int = 0) -> int:
+        clip = Planned(CLIP, (), batches=(3, 2), prompts=prompts, noises=noises)
+        return of_loop(bundle.manifest, chain, clip)
+
+    rows = 2 * 3 * 256  # of each step the noise level, the coefficients and the mask
+    assert counted() == rows
+    assert counted(prompts=5) == rows + 2 * 4 * 64 * (128 + 1)
+    assert counted(noises=2) == rows + 2 * 4 * CLIP.tokens * 32
 
 
 def test_the_report_says_how_much_it_took(

@@ -13,6 +13,7 @@ pytest.importorskip("onnxruntime")
 from ltx_engines.bundle import open_bundle
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
+from ltx_engines.targets import Flavour
 from ltx_trt import cli
 from ltx_trt.backend import Backend, Choice
 from ltx_trt.job import Job
@@ -43,8 +44,15 @@ def folder(make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) ->
 
 def video(folder: Path, choice: Choice, gpu: FakeGpu) -> bytes:
     wishes = Wishes(prompt="w5 w9", num_inference_steps=4, sampler="stochastic")
-    device = Device.of(gpu, FakeLibrary(gpu))
-    with open_stages(folder, choice, open_device=lambda _: device) as stages:
+
+    def device(flavour: Flavour) -> Device:
+        try:
+            return Device.of(gpu, FakeLibrary(gpu, flavour))
+        except DeviceError:
+            gpu.close()
+            raise
+
+    with open_stages(folder, choice, open_device=device) as stages:
         request, _ = resolve(wishes, stages.bundle, None)
         stages.prepare(plan(request, stages.bundle.manifest))
         *_, last = generate(request, stages.bundle, stages)
@@ -87,6 +95,7 @@ def test_the_command_line_decides_whether_steps_are_captured(
         *("allocate", "pinned", "upload", "fill", "copy", "download"),
         *("event", "record", "synchronize", "synchronize_event", "begin_capture", "launch"),
         *("load", "context", "set_shape", "set_address", "set_memory", "enqueue"),
+        "memory",
     ],
 )
 def test_a_failure_anywhere_is_one_line_and_nothing_leaks(folder: Path, call: str) -> None:
@@ -103,4 +112,5 @@ def test_a_failure_anywhere_is_one_line_and_nothing_leaks(folder: Path, call: st
             assert gpu.leaks() == []
         assert gpu.closed
     assert told
-    assert all(re.fullmatch("stage .*CUDA_ERROR_ILLEGAL_ADDRESS.*", line) for line in told)
+    where = ".* has engines of .*, but |the GPU's memory: " if call == "memory" else "stage .*"
+    assert all(re.fullmatch(f"({where})CUDA_ERROR_ILLEGAL_ADDRESS.*", line) for line in told)

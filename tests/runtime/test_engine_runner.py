@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ pytest.importorskip("onnxruntime")
 from ltx_engines.bundle import Bundle, open_bundle
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
+from ltx_trt.session.cuda_graphs import Graphs
 from ltx_trt.session.driver import Address, Stream
-from ltx_trt.session.engine_api import Shape
+from ltx_trt.session.engine_api import EngineError, Shape
 from ltx_trt.session.engine_runner import EngineRunner
 from ltx_trt.session.memory import Arena
 from tests.runtime import engine_bundles
@@ -137,6 +139,12 @@ def test_it_is_bound_before_it_runs(bench: Bench) -> None:
         bench.runner.enqueue(bench.stream)
 
 
+def ran(bench: Bench) -> None:
+    bench.bind(SMALL.tokens)
+    bench.runner.enqueue(bench.stream)
+    bench.gpu.synchronize(bench.stream)
+
+
 def test_closing_gives_back_contexts_and_engine_and_keeps_what_was_compiled(bench: Bench) -> None:
     bench.bind(SMALL.tokens)
     bench.bind(LARGE.tokens)
@@ -148,6 +156,32 @@ def test_closing_gives_back_contexts_and_engine_and_keeps_what_was_compiled(benc
     assert [call[0] for call in bench.gpu.calls] == [
         *("save_cache", "close_context", "close_context", "close_engine")
     ]
+
+
+@pytest.mark.parametrize("error", [OSError("the disk is full"), EngineError("no memory")])
+def test_kernels_that_cannot_be_kept_do_not_keep_it_open(
+    bench: Bench, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    ran(bench)
+    bench.gpu.fail("save_cache", error)
+    bench.runner.close()
+    assert [call[0] for call in bench.gpu.calls[-2:]] == ["close_context", "close_engine"]
+    assert f"compiled kernels are not kept: {error}" in caplog.text
+
+
+def test_what_cannot_be_in_a_cuda_graph_runs_without_one_and_says_so_once(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.bind(SMALL.tokens)
+    assert bench.runner.capturable, "nobody knows yet"
+    for capturable, captures in ((False, 0), (True, 1)):
+        bench.engine.plan = replace(bench.engine.plan, capturable=capturable)
+        graphs = Graphs(bench.gpu, bench.stream, (bench.runner,))
+        for _ in range(3):
+            graphs.run("key", partial(bench.runner.enqueue, bench.stream))
+        graphs.close()
+        assert bench.gpu.count("begin_capture") == captures
+    assert caplog.text.count("cannot be in a CUDA graph") == 1
 
 
 def test_nothing_compiled_is_nothing_kept(bench: Bench) -> None:

@@ -1,6 +1,7 @@
 """The fake GPU overlooks nothing: what would be garbage on a GPU is an error or garbage here."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from ltx_trt.session.driver import Address, DeviceError, Driver
 from ltx_trt.session.engine_api import EngineError, Library
 from tests.runtime import engine_bundles
 from tests.runtime.engine_bundles import Engines
-from tests.runtime.fake_engines import FakeLibrary
+from tests.runtime.fake_engines import FakeLibrary, read_plan
 from tests.runtime.fake_gpu import FakeGpu, MisuseError
 
 CLIP = VideoShape(9, 32, 64)
@@ -40,14 +41,40 @@ def test_what_overtakes_an_event_that_was_not_waited_for_reads_garbage() -> None
     gpu = FakeGpu()
     first, second, there = gpu.stream(), gpu.stream(), gpu.allocate(4)
     back = np.zeros(2, np.float32)
-    gpu.upload(there, np.ones(1, np.float32), first)
+    gpu.upload(there, one := np.ones(1, np.float32), first)
     gpu.record(event := gpu.event(), first)
     gpu.download(back[:1], there, second)
     gpu.wait(second, event)
     gpu.download(back[1:], there, second)
     gpu.synchronize(second)
-    assert back[0] != 1
-    assert back[1] == 1
+    assert back[0] != one[0]
+    assert back[1] == one[0]
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("copy", ["upload", "download"])
+def test_memory_of_the_host_that_nobody_keeps_is_missed(copy: str, *, pinned: bool) -> None:
+    gpu = FakeGpu()
+    stream, there = gpu.stream(), gpu.allocate(64)
+    memory = gpu.pinned(64) if pinned else np.zeros(64, np.uint8)
+    if copy == "upload":
+        gpu.upload(there, memory[:32], stream)
+    else:
+        gpu.download(memory[:32], there, stream)
+    if pinned:
+        gpu._pinned.clear()  # `unpin` waits, as CUDA does
+    del memory
+    with pytest.raises(MisuseError, match="is freed"):
+        gpu.synchronize(stream)
+
+
+def test_after_a_fault_that_stays_every_call_fails() -> None:
+    gpu = FakeGpu()
+    gpu.fail("memory", DeviceError("CUDA_ERROR_ILLEGAL_ADDRESS"), after=1, stays=True)
+    gpu.memory()
+    for call in (gpu.memory, gpu.stream, gpu.close):
+        with pytest.raises(DeviceError, match="ILLEGAL_ADDRESS"):
+            call()
 
 
 @pytest.mark.parametrize("offset", [-1, 1, 4096])
@@ -125,8 +152,9 @@ class TestEngines:
         engine = FakeLibrary(gpu).load(folder / "text_encoder.sm89.tensorrt-rtx.engine")
         assert engine.tensors["prompt_embeds"].dtype == "bfloat16"
         context = engine.context(0)
+        ones = np.full((1, 12), 1, np.int64)
         for name in ("input_ids", "attention_mask"):
-            gpu.upload(there := gpu.allocate(96), np.full((1, 12), 1, np.int64), stream)
+            gpu.upload(there := gpu.allocate(96), ones, stream)
             context.set_shape(name, (1, 12))
             context.set_address(name, there)
         context.set_memory(gpu.allocate(context.memory()), context.memory())
@@ -150,6 +178,24 @@ class TestEngines:
             context.enqueue(stream)
         with pytest.raises(MisuseError, match="not a multiple of 256"):
             context.set_address("input_ids", Address(gpu.allocate(512) + 8))
+
+    def test_a_budget_of_weights_is_memory_at_once(self, folder: Path, tmp_path: Path) -> None:
+        plan = read_plan(folder / "text_encoder.sm89.tensorrt-rtx.engine")
+        file = replace(plan, weights=1000, streamable=900).write(tmp_path / "x.engine")
+        gpu = FakeGpu(memory=800)
+        with pytest.raises(MisuseError, match="not said at the load"):
+            FakeLibrary(FakeGpu()).load(file).set_streaming_budget(0)
+        engine = FakeLibrary(gpu).load(file, streams=True)
+        assert gpu.used == 100
+        with pytest.raises(DeviceError, match="OUT_OF_MEMORY"):
+            engine.set_streaming_budget(900)
+        engine.set_streaming_budget(700)
+        assert gpu.used == 800
+        engine.set_streaming_budget(300)
+        engine.context(0).close()
+        assert gpu.used == 400
+        engine.close()
+        assert gpu.used == 0
 
     def test_another_gpu_or_another_library_is_refused(self, folder: Path) -> None:
         plan = folder / "text_encoder.sm89.tensorrt-rtx.engine"

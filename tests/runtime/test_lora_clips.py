@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
+from ltx_engines import bundle as bundles
 from ltx_engines.bundle import Bundle, EngineEntry, open_bundle
 from ltx_engines.cache_key import EngineKey
 from ltx_engines.errors import UserError
@@ -23,9 +25,11 @@ from ltx_trt.backend import Choice
 from ltx_trt.pipeline import Decoded, generate, plan
 from ltx_trt.request import Wishes, resolve
 from ltx_trt.session import Array, lora_weights, refit, tensorrt_adapter
+from ltx_trt.session.bundle_stages import Stages
 from ltx_trt.session.choice import open_stages
 from ltx_trt.session.device import Device
 from ltx_trt.session.lora_weights import Weight
+from ltx_trt.session.needs import STREAMING
 from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
 from ltx_trt.session.opening import Opening
 from ltx_trt.session.residency import Need, Residency
@@ -51,7 +55,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def frames(out: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
     capsys.readouterr()
     assert cli.main(["run", "--prompt", PROMPT, "-o", str(out), *SIZE, "--json", *options]) == 0
-    return str(json.loads(capsys.readouterr().out)["sha256"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["loras"] == [b for a, b in pairwise(options) if a == "--lora"]
+    return str(report["sha256"])
 
 
 def test_the_frames_are_those_of_a_bundle_into_which_it_was_fused(
@@ -125,7 +131,7 @@ def transformed(bundle: Bundle, weights: Iterable[Weight]) -> Array:
 
 
 def test_weights_that_come_and_go_take_no_lora(adapter: Path) -> None:
-    """They would be computed again in each step."""
+    """They would be set again in each step. Those that are uploaded anyway take it on their way."""
     bundle = open_bundle(TINY)
     plan = lora_weights.plan(bundle, "transformer", [Wish(adapter)])
     part = EngineKey(
@@ -140,11 +146,51 @@ def test_weights_that_come_and_go_take_no_lora(adapter: Path) -> None:
     entry = EngineEntry(
         file="x", layers="y", key=part, inputs=(), outputs=(), activations=1, refittable=True
     )
-    streamed = Residency(Need("transformer", (1, 1, 1)), 2, True, 0, 3)
+    need = Need("transformer", (1, 1, 1))
     opening = Opening(bundle, Device.of(gpu := FakeGpu(), FakeLibrary(gpu)), plan)
-    with pytest.raises(UserError, match=r"wants all weights of transformer .*--device-memory, or"):
-        opening.runner((entry, entry, entry), streamed)
+    parts, whole = Residency(need, 2, True, 0, 3), Residency(need, 3, False, 0, 3, allowance=1)
+    for streamed in (parts, whole):
+        with pytest.raises(UserError, match=r"wants all weights of transformer .*-memory, or"):
+            opening.check_lora((entry, entry, entry), streamed)
+        other = entry.model_copy(update={"weights": "inputs"})
+        (note,) = opening.check_lora((other, other), streamed)
+        assert "is added again to the weights that are streamed, in each step" in note
+    assert opening.check_lora((entry,) * 3, Residency(need, 3, False, 0, 3)) == ()
+
+
+def test_a_lora_that_finds_no_room_is_refused_before_anything_is_loaded(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_adapter, "version", {"tensorrt-rtx": "1.7.1.116"}.get)
+    folder = Path(shutil.copytree(TINY, tmp_path / "bundle"))
+    shapes = read_header(folder / "ltx-tiny.safetensors").shapes()
+    linear = [n for n, s in shapes.items() if n.startswith(PREFIX) and refit.is_linear(n, s)]
+    size, stage = 2**22, ("transformer",)
+    large = Engines((VideoShape(9, 64, 64),), stage, weights=size, refittable=tuple(linear))
+    engine_bundles.add(folder, large)
+    manifest = bundles.read(folder)
+    (engine,) = manifest.engines
+    key = engine.key.model_copy(update={"options": {STREAMING: 1}})
+    streams = engine.model_copy(update={"key": key})
+    bundles.update(folder, manifest.model_copy(update={"engines": (streams,)}))
+    gpu, wish = FakeGpu(), Wishes(PROMPT, num_inference_steps=2, width=64, height=64, num_frames=9)
+
+    def stages(memory: int) -> Stages:
+        choice = Choice(loras=(str(adapter),), device_memory=memory)
+        device = lambda flavour: Device.of(gpu, FakeLibrary(gpu, flavour))  # noqa: E731
+        return open_stages(folder, choice, open_device=device)
+
+    def prepared(memory: int) -> tuple[str, ...]:
+        nonlocal gpu
+        gpu = FakeGpu()
+        with stages(memory) as opened:
+            request, _ = resolve(wish, opened.bundle, None)
+            return opened.prepare(plan(request, opened.bundle.manifest))
+
+    with pytest.raises(UserError, match="a LoRA at run time wants all weights of transformer"):
+        prepared(size)
     assert not gpu.count("load")
+    assert not [note for note in prepared(2 * size) if "LoRA" in note]
 
 
 def test_engines_with_a_lora_make_the_frames_of_graphs_with_it(

@@ -97,6 +97,17 @@ def test_closed_memory_is_given_back_once(gpu: FakeGpu) -> None:
     assert gpu.count("free") == 1
 
 
+def test_a_gauge_that_fails_is_no_failure(gpu: FakeGpu) -> None:
+    watch = Watch(gpu)
+    first = gpu.allocate(2048)
+    gpu.fail("memory", DeviceError("CUDA_ERROR_ILLEGAL_ADDRESS"))
+    watch.look()
+    assert watch.peak == 0
+    watch.look()
+    assert watch.peak == 2048
+    gpu.free(first)
+
+
 def test_the_peak_is_of_what_was_free_when_the_watch_began(gpu: FakeGpu) -> None:
     before = gpu.allocate(1024)
     watch = Watch(gpu)

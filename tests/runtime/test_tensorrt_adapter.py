@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from ltx_engines.errors import UserError
-from ltx_engines.file_lock import alone
-from ltx_engines.libraries import MODULES
+from ltx_engines.libraries import MODULES, released
 from ltx_engines.targets import Flavour
-from ltx_trt.session import compiled_kernels, tensorrt_adapter
+from ltx_trt.session import complaints, tensorrt_adapter
 from ltx_trt.session.driver import Address, Stream
 from ltx_trt.session.engine_api import Engine, EngineError, EngineTensor, Library
 from ltx_trt.session.tensorrt_adapter import TensorRT
@@ -25,9 +24,9 @@ STREAM = Stream(7)
 @pytest.fixture(autouse=True)
 def no_logger_is_kept() -> Iterator[None]:
     """The libraries keep one for the process; here there are many libraries."""
-    tensorrt_adapter._said.cache_clear()
+    complaints.of_library.cache_clear()
     yield
-    tensorrt_adapter._said.cache_clear()
+    complaints.of_library.cache_clear()
 
 
 @pytest.fixture
@@ -151,6 +150,33 @@ def test_rtx_is_asked_whether_a_plan_is_valid_before_it_is_opened(bench: Bench, 
     assert [call[0] for call in recorder.calls] == ["get_engine_validity"]
 
 
+@pytest.mark.parametrize("way", ["swaps", "streams"])
+def test_a_plan_that_is_too_large_only_as_a_whole_is_opened_in_pieces(
+    bench: Bench, plan: Path, caplog: pytest.LogCaptureFixture, way: str
+) -> None:
+    recorder = Recorder(validity=("invalid", 16))
+    library = bench.library(recorder)
+    with pytest.raises(EngineError, match="insufficient gpu memory"):
+        library.load(plan)
+    library.load(plan, **{way: True})  # type: ignore[arg-type]
+    assert "x.engine as a whole is too large for this GPU" in caplog.text
+    recorder.validity = ("invalid", 17)
+    with pytest.raises(EngineError, match="version mismatch, insufficient gpu memory"):
+        library.load(plan, **{way: True})  # type: ignore[arg-type]
+
+
+def test_rtx_says_what_a_cuda_graph_can_hold_and_tensorrt_is_not_asked(
+    bench: Bench, plan: Path
+) -> None:
+    recorder = Recorder()
+    context = bench.library(recorder).load(plan).context(0)
+    assert context.capturable(STREAM)
+    assert recorder.named("is_stream_capturable") == [("is_stream_capturable", 7)]
+    recorder.capturable = False
+    assert not context.capturable(STREAM)
+    assert bench.library(classic(capturable=False)).load(plan).context(0).capturable(STREAM)
+
+
 def test_rtx_compiles_before_it_runs_and_leaves_graphs_to_us(bench: Bench, plan: Path) -> None:
     recorder = Recorder()
     bench.library(recorder).load(plan).context(0)
@@ -179,18 +205,22 @@ def test_compiled_kernels_are_read_before_and_written_once_after(
     assert sorted(file.name for file in cache.parent.iterdir()) == ["x.cache"]
 
 
-def test_what_another_process_is_writing_is_left_to_it(tmp_path: Path) -> None:
-    with alone(tmp_path):
-        compiled_kernels.write(tmp_path / "x.cache", b"ours")
-    assert list(tmp_path.iterdir()) == []
+def test_kernels_that_the_library_keeps_to_itself_are_an_error_with_its_words(
+    bench: Bench, plan: Path, tmp_path: Path
+) -> None:
+    recorder = Recorder(refuses={"serialize"})
+    engine = bench.library(recorder).load(plan, cache=tmp_path / "x.cache")
+    with pytest.raises(EngineError, match=r"to hand over its kernels: serialize is not possible$"):
+        engine.save_cache()
 
 
-def test_each_engine_has_a_file_for_each_gpu_and_version() -> None:
-    engine = "ab" * 32
-    first = compiled_kernels.place(engine, "NVIDIA GeForce RTX 4090", "1.7.1")
-    assert first.name == f"{engine[:32]}.nvidia-geforce-rtx-4090.1.7.1.cache"
-    others = (engine[::-1], "NVIDIA L4", "1.7.1"), (engine[::-1], "NVIDIA L4", "1.8")
-    assert len({first, *(compiled_kernels.place(*other) for other in others)}) == 3
+def test_kernels_that_cannot_be_read_are_compiled_again(
+    bench: Bench, plan: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "x.cache").mkdir()
+    bench.library(recorder := Recorder()).load(plan, cache=tmp_path / "x.cache")
+    assert recorder.named("cache.deserialize") == []
+    assert "compiled kernels are not read: " in caplog.text
 
 
 def test_kernels_of_another_gpu_are_said_and_left_out(
@@ -230,7 +260,7 @@ def test_a_budget_that_is_not_taken_is_an_error(bench: Bench, plan: Path) -> Non
 class TestRefit:
     def test_weights_are_given_by_type_address_and_count(self, bench: Bench, plan: Path) -> None:
         engine = bench.library(recorder := Recorder()).load(plan)
-        assert engine.refittable() == {"a", "b"}
+        assert engine.refittable() == {"a", "b", "d", "e"}
         a, b = np.zeros(6, np.uint16), np.zeros(4, np.uint8)
         engine.refit([("a", "bfloat16", a), ("b", "float8e4m3fn", b)])
         assert recorder.named("set_named_weights", "refit_cuda_engine") == [
@@ -238,6 +268,13 @@ class TestRefit:
             ("set_named_weights", "b", ("weights", FP8, b.ctypes.data, 4)),
             ("refit_cuda_engine",),
         ]
+
+    def test_weights_are_there_until_they_are_taken(self, bench: Bench, plan: Path) -> None:
+        """TensorRT has only their addresses; whoever makes them keeps none."""
+        engine = bench.library(recorder := Recorder()).load(plan)
+        names = ["a", "d", "e"]
+        engine.refit((n, "bfloat16", np.full(6, i, np.uint16)) for i, n in enumerate(names, 1))
+        assert recorder.refitted == {n: bytes([i, 0] * 6) for i, n in enumerate(names, 1)}
 
     @pytest.mark.parametrize(
         ("name", "dtype", "size", "words"),
@@ -279,6 +316,12 @@ def test_weights_that_take_turns_come_from_the_plan_again(bench: Bench, plan: Pa
         *("load_weights", "unload_weights", "load_weights")
     ]
     assert recorder.named("load_weights")[1][1] == b"a plan"
+    assert not bench.library(Recorder()).load(plan).sleep(), "only what was asked to swap"
+
+
+def test_a_package_that_was_made_again_holds_the_same_library(bench: Bench) -> None:
+    library = bench.library(Recorder(version="1.7.1.116.post1"))
+    assert library.version == "1.7.1.116"
 
 
 @pytest.mark.parametrize(
@@ -321,7 +364,7 @@ class TestInstalled:
 
     def test_its_version_is_known_without_loading_it(self) -> None:
         trt = pytest.importorskip("tensorrt_rtx")
-        assert tensorrt_adapter.version("tensorrt-rtx") == trt.__version__
+        assert tensorrt_adapter.version("tensorrt-rtx") == released(trt.__version__)
 
     def test_what_is_no_plan_is_refused_in_its_words(self, plan: Path) -> None:
         pytest.importorskip("tensorrt_rtx")

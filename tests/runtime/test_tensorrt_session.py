@@ -12,6 +12,8 @@ from ltx_engines.bundle import open_bundle
 from ltx_engines.shapes import VideoShape
 from ltx_trt.session import Session
 from ltx_trt.session.device import Device
+from ltx_trt.session.opening import Opening, needed
+from ltx_trt.session.residency import plan
 from ltx_trt.session.tensorrt_session import TensorRTSession
 from tests.runtime import engine_bundles
 from tests.runtime.engine_bundles import Engines
@@ -34,7 +36,10 @@ def make(make_bundle: Callable[..., Path]) -> Make:
         engine_bundles.add(folder, Engines(CLIPS, dtype=dtype))
         bundle, gpu = open_bundle(folder), FakeGpu()
         device = Device.of(gpu, FakeLibrary(gpu))
-        return gpu, TensorRTSession.open(bundle, stage, device), device
+        chain = bundle.engines(stage, gpu.capability, device.library.flavour)
+        (residency,) = plan([needed(bundle.manifest, chain)], gpu.memory()[0])
+        runner = Opening(bundle, device).runner(chain, residency)
+        return gpu, TensorRTSession(stage, bundle.stage(stage), device, runner), device
 
     return made
 

@@ -16,11 +16,13 @@ from ltx_engines.cache_key import Part
 from ltx_engines.engine_entry import EngineEntry
 from ltx_engines.stages import SAMPLER_STEP
 from ltx_export import step_graph, weight_inputs
+from ltx_ref.checkpoint import read_header
 from ltx_trt.backend import Backend, Choice
 from ltx_trt.cli import SHIPPED
 from ltx_trt.request import Wishes
 from ltx_trt.session import tensorrt_adapter
 from ltx_trt.session.opening import needed
+from tests.export import loras
 from tests.runtime import engine_bundles
 from tests.runtime.engine_bundles import Engines, file_entry, limits
 from tests.runtime.fake_engines import Plan
@@ -78,6 +80,29 @@ def _written(folder: Path, own: EngineEntry, plan: Plan) -> EngineEntry:
     return own
 
 
+def room(folder: Path, blocks: int) -> int:
+    manifest = bundle.read(folder)
+    chain, step = (
+        tuple(engine for engine in manifest.engines if engine.key.stage == stage)
+        for stage in (STAGE, SAMPLER_STEP)
+    )
+    need = needed(manifest, chain, step)
+    return need.buffers + need.activations + blocks * need.weights[0] + 2**20
+
+
+def test_a_lora_is_added_to_weights_that_are_streamed(folder: Path, tmp_path: Path) -> None:
+    """On the way of each of them to the card."""
+    header = read_header(folder / bundle.read(folder).checkpoint)
+    factors = {n: (a, 0.3 * b) for n, (a, b) in loras.factors(header.shapes()).items()}
+    file = loras.write(tmp_path / "lora.safetensors", loras.tensors(factors, "kohya"))
+    machine, added = Machine(), (str(file),)
+    (streamed,) = machine.frames(folder, Choice(device_memory=room(folder, 2), loras=added), WISHES)
+    assert machine.gpu.count("begin_capture") == 0
+    (resident,) = Machine().frames(folder, Choice(loras=added), WISHES)
+    (without,) = Machine().frames(folder, Choice(), WISHES)
+    assert streamed == resident != without
+
+
 @pytest.mark.parametrize("blocks", [6, 2])
 def test_the_frames_are_those_of_onnx_runtime(folder: Path, blocks: int) -> None:
     """But for a last bit of float32, which here and there is another of 256 levels."""
@@ -86,9 +111,8 @@ def test_the_frames_are_those_of_onnx_runtime(folder: Path, blocks: int) -> None
     step = tuple(engine for engine in manifest.engines if engine.key.stage == SAMPLER_STEP)
     need = needed(manifest, chain, step)
     assert len(need.weights) == 6
-    room = need.buffers + need.activations + blocks * need.weights[0] + 2**20
-    machine = Machine()
-    (found,) = machine.frames(folder, Choice(device_memory=None if blocks == 6 else room), WISHES)
+    machine, wished = Machine(), None if blocks == 6 else room(folder, blocks)
+    (found,) = machine.frames(folder, Choice(device_memory=wished), WISHES)
     (wanted,) = machine.frames(folder, Choice(Backend.onnxruntime, threads=1), WISHES)
     levels = [np.frombuffer(frames, np.uint8).astype(int) for frames in (found, wanted)]
     assert abs(levels[0] - levels[1]).max() <= 1

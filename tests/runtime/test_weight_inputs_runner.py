@@ -3,7 +3,7 @@ whatever room its blocks are given."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,44 @@ def test_in_any_room_it_gives_the_same(bench: Bench, places: int) -> None:
         for _ in range(2):
             np.testing.assert_array_equal(bench.step(runner), wanted)
         assert runner.capturable == (places == 6)
+
+
+def test_no_graph_can_hold_what_one_of_its_engines_does_not_bear(bench: Bench) -> None:
+    engines = [bench.library.load(plan) for _, plan in bench.model.pieces]
+    engines[1].plan = replace(engines[1].plan, capturable=False)
+    pairs = [(e, described) for e, (described, _) in zip(engines, bench.model.pieces, strict=True)]
+    layers = bench.model.layers
+    loading = Loading(bench.model.source(), Rotation(layers, layers, overlaps=False))
+    with closing(WeightInputsRunner(bench.gpu, bench.arena, pairs, loading)) as runner:
+        bench.bind(runner)
+        bench.step(runner)
+        assert not runner.capturable
+
+
+def test_what_is_at_work_is_waited_for_before_it_is_bound_anew(bench: Bench, gpu: FakeGpu) -> None:
+    """The buffers between the pieces may move."""
+    shapes = {name: feed.shape for name, feed in bench.model.feeds.items()}
+    with closing(bench.runner(6)) as runner:
+        bench.bind(runner)
+        runner.enqueue(bench.stream)
+        start = len(gpu.calls)
+        runner.bind(shapes, bench.addresses)
+        names = [call for call in gpu.calls[start:] if call[0] != "memory"]
+    assert names[0] == ("synchronize", bench.stream)
+
+
+def test_after_the_last_pass_no_weights_come(bench: Bench, gpu: FakeGpu) -> None:
+    """The first block's come again when there is another one, while the last block runs."""
+    with closing(bench.runner(2)) as runner:
+        bench.bind(runner)
+        before = gpu.count("upload")
+        runner.enqueue(bench.stream)
+        assert gpu.count("upload") - before == 4
+        start = len(gpu.calls)
+        runner.enqueue(bench.stream)
+        names = [call[:2] if call[0] == "enqueue" else call[0] for call in gpu.calls[start:]]
+    assert names.index("upload") < names.index(("enqueue", "block"))
+    assert "synchronize" not in names
 
 
 def test_its_tensors_are_those_of_the_stage(bench: Bench) -> None:

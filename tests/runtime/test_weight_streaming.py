@@ -16,9 +16,11 @@ class Streaming:
     def __init__(self, streamable: int, scratch: Callable[[int], int]) -> None:
         self.streamable, self.scratch = streamable, scratch
         self.budget: int | None = None
+        self.asked: list[int] = []
 
     def set_streaming_budget(self, size: int) -> int:
         self.budget = size
+        self.asked.append(size)
         return 0 if size >= self.streamable else self.scratch(size)
 
 
@@ -37,6 +39,7 @@ def test_what_fits_is_not_streamed() -> None:
     engine = Streaming(900, constant(10))
     assert limit(engine, 1000) == 0
     assert engine.budget is None
+    assert limit(engine, 5000) == 0
 
 
 @pytest.mark.parametrize("scratch", [constant(0), constant(50), lambda size: (900 - size) // 9])
@@ -45,6 +48,7 @@ def test_all_of_the_room_is_used_and_no_more(scratch: Callable[[int], int], room
     engine = Streaming(900, scratch)
     streamed = limit(engine, room)
     assert engine.budget == 900 - streamed
+    assert all(0 <= asked <= room - 100 for asked in engine.asked), "a budget is memory"
     taken = 100 + engine.budget + scratch(engine.budget)
     assert taken <= room
     fitting = (size for size in range(900) if 100 + size + scratch(size) <= room)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import gpu_check
@@ -74,6 +75,20 @@ def test_a_part_that_crashes_or_fails_does_not_stop_the_others(
     assert found["parts"]["bad"]["psnr"] == 12
     assert found["parts"]["good"]["argv"] == ["--gpu", "sm89"]
     assert "    a figure\n" in capsys.readouterr().out
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "check", lambda *_: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    app = typer.Typer()
+    app.command()(gpu_check.main)
+    for out in (tmp_path, tmp_path / "file" / "x.json", Path("/proc/x.json")):
+        done = RUNNER.invoke(app, ["--out", str(out), "--only", "tiny"])
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"gpu_check: --out {out} ")
+        assert done.stderr.count("\n") == 1
 
 
 def test_what_a_part_reads_must_have_been_made(tmp_path: Path) -> None:
@@ -151,7 +166,6 @@ def test_a_part_brings_what_it_comes_after() -> None:
 
 
 def app() -> Any:
-    import typer
 
     own = typer.Typer(add_completion=False)
     own.command()(gpu_check.main)

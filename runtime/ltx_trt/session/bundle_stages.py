@@ -1,6 +1,8 @@
 """The stages of one bundle while clips are made of it: opened when needed, closed after or kept."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -16,9 +18,10 @@ from ltx_trt.session.closing import close_all, told
 from ltx_trt.session.device import Device
 from ltx_trt.session.device_loop import DeviceLoop, Engines
 from ltx_trt.session.memory import Watch
+from ltx_trt.session.needs import of_loop
 from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
 from ltx_trt.session.opening import Opening, needed
-from ltx_trt.session.residency import Residency
+from ltx_trt.session.residency import Need, Residency
 from ltx_trt.session.tensorrt_session import TensorRTSession
 
 TRANSFORMER, DECODER = "transformer", "vae_decoder"
@@ -33,6 +36,11 @@ class Stages(Protocol):
     @property
     def watch(self) -> Watch | None:
         """On the GPU's memory, if there is a GPU."""
+        ...
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """Those that are added, as they were named."""
         ...
 
     def prepare(self, planned: Planned, /) -> tuple[str, ...]:
@@ -62,6 +70,7 @@ class OnnxRuntimeStages:
         self.bundle, self._choice = bundle, choice
         self._lora = refit.asked(bundle, (), choice.loras)
         self.watch: Watch | None = None
+        self.loras = choice.loras
 
     def prepare(self, _: Planned, /) -> tuple[str, ...]:
         return ()
@@ -90,11 +99,14 @@ class EngineStages:
     ) -> None:
         self.bundle, self._choice, self._device, self._chains = bundle, choice, device, chains
         self.watch: Watch | None = device.watch
+        self.loras = choice.loras
         self._lora = refit.asked(bundle, chains.get(TRANSFORMER, ()), choice.loras)
         self._opening = Opening(bundle, device, self._lora)
         self._plan: dict[str, Residency] = {}
         self._kept: dict[str, Session] = {}
-        self._budget = residency.budget(choice.device_memory, device.driver.memory()[0])
+        self._keeps, self._loop = False, 0
+        with told("the GPU's memory"):
+            self._budget = residency.budget(choice.device_memory, device.driver.memory()[0])
 
     def prepare(self, planned: Planned, /) -> tuple[str, ...]:
         clip = sizes.of_clip(planned.shape, self.bundle.manifest)
@@ -102,9 +114,9 @@ class EngineStages:
             batches = planned.batches if stage == TRANSFORMER else (1,)
             for batch in sorted(set(batches)):
                 self._check_bucket(planned, stage, chain, {**clip, "batch": batch})
-        self._plan = {row.need.stage: row for row in self._residencies()}
+        self._make_room(planned)
         notes = residency.notes(list(self._plan.values()))
-        return (*self._missing(), *self._scarce(), *notes)
+        return (*self._missing(), *self._scarce(), *notes, *self._check_loras())
 
     def __call__(self, stage: str) -> Opened:
         if stage not in self._chains:
@@ -127,9 +139,9 @@ class EngineStages:
         trace: TracebackType | None,
     ) -> None:
         kept, self._kept = list(self._kept.values()), {}
-        steps = [(lambda s=session: s.__exit__(kind, error, trace)) for session in kept]
+        steps = [partial(session.__exit__, kind, error, trace) for session in kept]
         with told("closing the GPU"):
-            close_all((*steps, lambda: self._device.close(error)), error)
+            close_all((*steps, partial(self._device.close, error)), error)
 
     def _open(self, stage: str) -> Session:
         if stage not in self._plan:
@@ -149,31 +161,48 @@ class EngineStages:
         graphs = self._choice.cuda_graphs
         return DeviceLoop(session, Engines(device, runner, step), cuda_graphs=graphs)
 
-    def _residencies(self) -> list[Residency]:
-        """What the budget is for does not change while clips are made, nor does the plan."""
-        if self._plan:
-            return list(self._plan.values())
-        step = self._chains.get(SAMPLER_STEP, ())
-        manifest = self.bundle.manifest
-        needs = [
-            needed(manifest, chain, step if stage == TRANSFORMER else ())
-            for stage, chain in self._chains.items()
-            if stage != SAMPLER_STEP
-        ]
+    def _make_room(self, planned: Planned) -> None:
+        """The plan is for the longest loop of all clips so far; what the budget is for does not
+        change else. Stages that are kept go when a longer one takes their room."""
+        loop, transformer = 0, self._chains.get(TRANSFORMER, ())
+        if transformer and SAMPLER_STEP in self._chains:
+            loop = of_loop(self.bundle.manifest, transformer, planned)
+        if self._plan and loop <= self._loop:
+            return
+        before = self._plan
+        self._plan = {row.need.stage: row for row in self._residencies(self._needs(loop))}
+        self._loop = loop
+        if not self._keeps or any(r.room != self._plan[s].room for s, r in before.items()):
+            kept, self._kept = list(self._kept.values()), {}
+            close_all(partial(session.__exit__, None, None, None) for session in kept)
+
+    def _needs(self, loop: int) -> list[Need]:
+        step, manifest = self._chains.get(SAMPLER_STEP, ()), self.bundle.manifest
+        found = []
+        for stage, chain in self._chains.items():
+            if stage == TRANSFORMER:
+                need = needed(manifest, chain, step)
+                found.append(replace(need, buffers=need.buffers + loop))
+            elif stage != SAMPLER_STEP:
+                found.append(needed(manifest, chain))
+        return found
+
+    def _residencies(self, needs: Sequence[Need]) -> list[Residency]:
+        self._keeps = False
         if self._choice.keep is Keep.never:
-            self._keeps = False
             return residency.plan(needs, self._budget)
         try:
             found = residency.plan(needs, self._budget, kept=[n.stage for n in needs])
         except UserError:
             if self._choice.keep is Keep.always:
                 raise
-            self._keeps = False
             return residency.plan(needs, self._budget)
         self._keeps = True
         return found
 
-    _keeps = False
+    def _check_loras(self) -> tuple[str, ...]:
+        rows = (self._opening.check_lora(self._chains[s], row) for s, row in self._plan.items())
+        return tuple(note for notes in rows for note in notes)
 
     def _scarce(self) -> tuple[str, ...]:
         wished = self._choice.device_memory or 0

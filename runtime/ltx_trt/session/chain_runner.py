@@ -6,6 +6,7 @@ read. A part writes where nobody reads any more, so the hidden states go to and 
 buffers; what all parts share (positions, text, modulation) is written once.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,12 +19,14 @@ from typing import Protocol, runtime_checkable
 from ltx_engines.bundle import TensorEntry
 from ltx_engines.errors import UserError
 from ltx_trt.session.closing import close_all
-from ltx_trt.session.driver import Address, DeviceError, Driver, Stream
+from ltx_trt.session.driver import Address, DeviceError, Driver, Event, Stream
 from ltx_trt.session.element_types import stored
 from ltx_trt.session.engine_api import EngineError, EngineTensor, Shape
 from ltx_trt.session.memory import Buffers
 from ltx_trt.session.residency import Rotation
 from ltx_trt.session.runner import Runner
+
+log = logging.getLogger(__name__)
 
 AGAIN = "build it again (ltx-export build-engine)"
 
@@ -89,13 +92,17 @@ class ChainRunner:
         self._buffers = Buffers(driver)
         self._streams = rotation.places < len(links)
         self._loader = ThreadPoolExecutor(1, "weights") if self._streams else None
-        self._done = [driver.event() for _ in links] if self._streams else []
+        self._done: list[Event] = []
         self._loaded: dict[int, Future[Loaded]] = {}
         self._asleep: dict[int, Loaded] = {}
+        self._leaving: list[Loaded] = []
+        self._told: set[int] = set()
         self._binding: Binding | None = None
         self._stream: Stream | None = None
         self._seen: set[int] = set()
         try:
+            for _ in links if self._streams else ():
+                self._done.append(driver.event())
             for part in sorted(rotation.held):
                 self._loaded[part] = at_hand(self._load(part))
         except BaseException:
@@ -134,31 +141,37 @@ class ChainRunner:
         if self._binding is None:
             raise ValueError("a chain is bound before it is enqueued")
         self._stream = stream
-        self._fetch(0, None)
+        last = len(self._links) - 1
+        self._fetch(0, last)  # while the last pass ends: before, it may not be needed any more
         for part in range(len(self._links)):
             runner = self._ready(part)
             with told(self._links[part].name):
                 runner.enqueue(stream)
             if self._streams:
                 self._driver.record(self._done[part], stream)
-                self._fetch((part + 1) % len(self._links), part)
+                if part < last:
+                    self._fetch(part + 1, part)
 
     def close(self) -> None:
         """Waits for a part that is being loaded, and for the work of all of them."""
         if self._loader is not None:
             self._loader.shutdown()
         awake = [f.result() for f in self._loaded.values() if f.exception() is None]
+        for part, future in self._loaded.items():
+            if (error := future.exception()) is not None and part not in self._told:
+                log.warning("nobody waited for it, but: %s", error)
         steps: list[Callable[[], None]] = []
         if self._stream is not None:
             steps.append(partial(self._driver.synchronize, self._stream))
         steps += [partial(self._driver.close_event, event) for event in self._done]
-        steps += [loaded.runner.close for loaded in (*awake, *self._asleep.values())]
+        idle = *awake, *self._asleep.values(), *self._leaving
+        steps += [loaded.runner.close for loaded in idle]
         steps.append(self._buffers.close)
-        self._done, self._loaded, self._asleep = [], {}, {}
+        self._done, self._loaded, self._asleep, self._leaving = [], {}, {}, []
         self._loader = self._stream = None
         close_all(steps)
 
-    def _fetch(self, wanted: int, running: int | None) -> None:
+    def _fetch(self, wanted: int, running: int) -> None:
         """Have the next part loaded, in the place of the one that is needed last."""
         if swap := self._rotation.toward(wanted, running):
             last, _ = swap
@@ -173,7 +186,7 @@ class ChainRunner:
             self._driver.synchronize_event(self._done[last])
             stays = isinstance(old.runner, Sleeps) and old.runner.sleep()
         except BaseException:
-            old.runner.close()
+            self._leaving.append(old)  # its work may be queued still
             raise
         if stays:
             self._asleep[last] = old
@@ -202,7 +215,7 @@ class ChainRunner:
 
     def _ready(self, part: int) -> Runner:
         """The part, loaded and bound; errors of its loading come from here."""
-        loaded = self._loaded[part].result()
+        loaded = self._result(part)
         with told(self._links[part].name):
             self._bind(part, loaded)
         self._seen.add(part)
@@ -221,10 +234,17 @@ class ChainRunner:
 
     def _settle(self) -> None:
         """Nothing is being loaded, and no work reads the buffers between the parts."""
-        for future in self._loaded.values():
-            future.result()
+        for part in self._loaded:
+            self._result(part)
         if self._stream is not None:
             self._driver.synchronize(self._stream)
+
+    def _result(self, part: int) -> Loaded:
+        try:
+            return self._loaded[part].result()
+        except Exception:  # not Ctrl-C, which is no word of the part's
+            self._told.add(part)
+            raise
 
     def _axes(self, shapes: Mapping[str, Shape]) -> dict[str, int]:
         if (wanted := {t.name for t in self._tensors.values() if t.is_input}) != shapes.keys():

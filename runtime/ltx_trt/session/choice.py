@@ -3,10 +3,11 @@
     manifest -> the library that is installed -> the GPU -> the files' hashes -> the plans
 
 Whatever is missing is said in this order, so that nobody waits for gigabytes to hear that the card
-is another one.
+is another one. Of two libraries the first is taken that is installed and has engines for this card.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ltx_engines import engine_entry
@@ -17,7 +18,7 @@ from ltx_engines.errors import UserError
 from ltx_engines.libraries import COMMANDS
 from ltx_engines.stages import SAMPLER_STEP
 from ltx_engines.targets import Flavour
-from ltx_trt.backend import Backend, Choice
+from ltx_trt.backend import Backend, Choice, Keep
 from ltx_trt.session import onnxruntime_session, tensorrt_adapter
 from ltx_trt.session.bundle_stages import EngineStages, OnnxRuntimeStages, Stages
 from ltx_trt.session.device import Device
@@ -32,6 +33,15 @@ FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
 OpenDevice = Callable[[Flavour], Device]
 
 
+class _MisfitError(Exception):
+    """Why engines of one library cannot be used here, in the middle of a sentence that begins with
+    the bundle; `advice` ends it."""
+
+    def __init__(self, said: str, advice: str = "") -> None:
+        super().__init__(said)
+        self.advice = advice
+
+
 def open_stages(folder: Path, choice: Choice, *, open_device: OpenDevice | None = None) -> Stages:
     """The bundle's stages, none of which is loaded yet.
 
@@ -39,91 +49,143 @@ def open_stages(folder: Path, choice: Choice, *, open_device: OpenDevice | None 
         UserError: no bundle, or it cannot be run here in the way that was chosen.
     """
     manifest = read(folder)
-    if (flavour := _flavour(folder, manifest, choice.backend)) is None:
-        if choice.device_memory is not None:
-            raise UserError(
-                f"{folder} runs on ONNX Runtime, which takes what it needs; leave out "
-                "--device-memory, or build engines: ltx-export build-engine"
-            )
+    if not (flavours := _flavours(folder, manifest, choice.backend)):
+        _check_flags(folder, choice)
         return OnnxRuntimeStages(open_bundle(folder), choice)
-    engines = [e for e in manifest.engines if e.key.flavour == flavour]
-    otherwise = _otherwise(manifest)
-    _check_library(folder, flavour, engines, otherwise)
+    found = _first(_Built(folder, manifest), flavours, open_device or Device.open)
     try:
-        device = (open_device or Device.open)(flavour)
-    except (UserError, DeviceError, EngineError) as error:
-        raise UserError(
-            f"{folder} has engines of {flavour} for {_cards(engines)}, but {error}{otherwise}"
-        ) from error
-    try:
-        chains = _chains(folder, manifest, device, otherwise)
-        return EngineStages(open_bundle(folder), choice, device, chains)
+        if choice.threads is not None and all(stage in found.chains for stage in USED):
+            raise UserError(
+                f"every stage of {folder} runs on the GPU; leave out --threads, which are of the "
+                f"CPU{_otherwise(manifest)}"
+            )
+        return EngineStages(open_bundle(folder), choice, found.device, found.chains)
     except BaseException as error:
-        device.close(error)
+        found.device.close(error)
         raise
 
 
-def _flavour(folder: Path, manifest: Manifest, backend: Backend) -> Flavour | None:
-    """None for ONNX Runtime. Of two, the one whose library is here in the right version."""
+def _check_flags(folder: Path, choice: Choice) -> None:
+    """
+    Raises:
+        UserError: something was wished that only engines have.
+    """
+    here = f"{folder} runs on ONNX Runtime"
+    build = "or build engines: ltx-export build-engine"
+    if choice.device_memory is not None:
+        raise UserError(f"{here}, which takes what it needs; leave out --device-memory, {build}")
+    if choice.keep is Keep.always:
+        raise UserError(f"{here}, stage by stage; leave out --keep-loaded, {build}")
+    if not choice.cuda_graphs:
+        raise UserError(f"{here}, which has no CUDA graphs; leave out --no-cuda-graphs, {build}")
+
+
+def _flavours(folder: Path, manifest: Manifest, backend: Backend) -> Sequence[Flavour]:
+    """Those to try; none for ONNX Runtime."""
     built = dict.fromkeys(engine.key.flavour for engine in manifest.engines)
-    if backend is Backend.onnxruntime or (backend is Backend.auto and not built):
-        return None
+    if backend is Backend.onnxruntime:
+        return ()
     if backend is Backend.auto:
-        found = {f: tensorrt_adapter.version(f) for f in FLAVOURS if f in built}
-        fitting = (e.key.flavour for e in manifest.engines if found[e.key.flavour] == e.key.version)
-        return min(fitting, key=FLAVOURS.index, default=min(found, key=FLAVOURS.index))
+        return [flavour for flavour in FLAVOURS if flavour in built]
     flavour: Flavour = "tensorrt" if backend is Backend.tensorrt else "tensorrt-rtx"
     if flavour not in built:
         raise UserError(
             f"{folder} has no engine of {flavour}, only {', '.join(built) or 'graphs'}; build it: "
             f"ltx-export build-engine {folder} --backend {flavour} --gpu GPU --shape WxHxF"
         )
-    return flavour
+    return (flavour,)
 
 
-def _check_library(
-    folder: Path, flavour: Flavour, engines: Sequence[EngineEntry], otherwise: str
-) -> None:
-    built = dict.fromkeys(engine.key.version for engine in engines)
+@dataclass(frozen=True, slots=True)
+class _Built:
+    folder: Path
+    manifest: Manifest
+
+    def engines(self, flavour: Flavour) -> list[EngineEntry]:
+        return [engine for engine in self.manifest.engines if engine.key.flavour == flavour]
+
+    def again(self, gpu: str) -> str:
+        return f"; build them: ltx-export build-engine {self.folder} --gpu {gpu} --shape WxHxF"
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The GPU, and the engines that it runs."""
+
+    device: Device
+    chains: dict[str, Chain]
+
+
+def _first(built: _Built, flavours: Sequence[Flavour], open_device: OpenDevice) -> _Found:
+    """
+    Raises:
+        UserError: engines of none of them run here; with all that there is and all that is wanted.
+    """
+    misfits = []
+    for flavour in flavours:
+        try:
+            _check_library(built, flavour)
+            return _on_device(built, flavour, open_device)
+        except _MisfitError as misfit:
+            misfits.append(misfit)
+    said = " and ".join(map(str, misfits))
+    advice = misfits[0].advice + _otherwise(built.manifest)
+    raise UserError(f"{built.folder} has {said}{advice}") from misfits[0].__cause__
+
+
+def _check_library(built: _Built, flavour: Flavour) -> None:
+    engines = built.engines(flavour)
+    versions = dict.fromkeys(engine.key.version for engine in engines)
     here = tensorrt_adapter.version(flavour)
-    said = f"{folder} has engines of {flavour} {', '.join(built)} for {_cards(engines)}"
+    said = f"engines of {flavour} {', '.join(versions)} for {_cards(engines)}"
     if here is None:
-        command = COMMANDS[flavour]
-        raise UserError(f"{said}, which is not installed; {command}{otherwise}")
-    if here not in built:
-        raise UserError(f"{said}, installed is {here}; {_again(folder, 'GPU')}{otherwise}")
+        raise _MisfitError(f"{said}, which is not installed", f"; {COMMANDS[flavour]}")
+    if here not in versions:
+        raise _MisfitError(f"{said}, installed is {here}", built.again("GPU"))
 
 
-def _chains(folder: Path, manifest: Manifest, device: Device, otherwise: str) -> dict[str, Chain]:
+def _on_device(built: _Built, flavour: Flavour, open_device: OpenDevice) -> _Found:
+    try:
+        device = open_device(flavour)
+    except (UserError, DeviceError, EngineError) as error:
+        cards = _cards(built.engines(flavour))
+        raise _MisfitError(f"engines of {flavour} for {cards}, but {error}") from error
+    try:
+        return _Found(device, _chains(built, device))
+    except BaseException as error:
+        device.close(error)
+        raise
+
+
+def _chains(built: _Built, device: Device) -> dict[str, Chain]:
     """Of every stage that has engines of this library, those that this GPU runs."""
     capability, flavour = device.driver.capability, device.library.flavour
-    engines = [e for e in manifest.engines if e.key.flavour == flavour]
-    again = _again(folder, f"sm{capability}")
-    here = f"this GPU is SM{capability} ({device.driver.name})"
+    engines = built.engines(flavour)
+    again = built.again(f"sm{capability}")
+    said = f"engines of {flavour} for {_cards(engines)}"
     if not any(capability in engine.key.targets for engine in engines):
-        raise UserError(
-            f"{folder} has engines of {flavour} for {_cards(engines)}, {here}; {again}{otherwise}"
-        )
+        here = f"this GPU is SM{capability} ({device.driver.name})"
+        raise _MisfitError(f"{said}, {here}", again)
     chains = {}
     for stage in (*USED, SAMPLER_STEP):
         if any(engine.key.stage == stage for engine in engines):
-            chains[stage] = chain = engine_entry.choose(
-                folder, manifest, stage, capability, flavour
-            )
+            try:
+                chains[stage] = chain = engine_entry.choose(
+                    built.folder, built.manifest, stage, capability, flavour
+                )
+            except UserError as error:
+                raise _MisfitError(f"{said}, but {error}") from error
             if (version := chain[0].key.version) != device.library.version:
-                raise UserError(
-                    f"{folder}: the engine of {stage} is of {flavour} {version}, installed is "
-                    f"{device.library.version}; {again}{otherwise}"
+                raise _MisfitError(
+                    f"{said}, of which that of {stage} is of {version}, installed is "
+                    f"{device.library.version}",
+                    again,
                 )
     return chains
 
 
 def _cards(engines: Sequence[EngineEntry]) -> str:
     return targets(sorted({target for engine in engines for target in engine.key.targets}))
-
-
-def _again(folder: Path, gpu: str) -> str:
-    return f"build them: ltx-export build-engine {folder} --gpu {gpu} --shape WxHxF"
 
 
 def _otherwise(manifest: Manifest) -> str:

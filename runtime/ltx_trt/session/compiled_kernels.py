@@ -4,6 +4,7 @@ The library checks a file against GPU, driver and its own version before it uses
 made of the first two, so that no two machines that share a home take turns in one file.
 """
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -12,6 +13,8 @@ from uuid import uuid4
 from platformdirs import user_cache_dir
 
 from ltx_engines.file_lock import alone
+
+log = logging.getLogger(__name__)
 
 
 def place(engine: str, gpu: str, version: str) -> Path:
@@ -22,10 +25,13 @@ def place(engine: str, gpu: str, version: str) -> Path:
 
 
 def read(path: Path) -> bytes:
-    """Nothing if there is none."""
+    """Nothing if there is none, or none that can be read: kernels can be compiled again."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
+        return b""
+    except OSError as error:
+        log.warning("compiled kernels are not read: %s", error)
         return b""
 
 

@@ -31,7 +31,7 @@ class CudaDriver:
             f"{CAPABILITY}_MINOR"
         )
         self._context = self._ask("cuDevicePrimaryCtxRetain", self._device)
-        self._thread = -1
+        self._entered = threading.local()
         self._pinned: dict[int, int] = {}
 
     def memory(self) -> tuple[int, int]:
@@ -138,9 +138,9 @@ class CudaDriver:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """In the primary context, which CUDA keeps for each thread."""
-        if (thread := threading.get_ident()) != self._thread:
+        if not hasattr(self._entered, "context"):
             self._ask("cuCtxSetCurrent", self._context)
-            self._thread = thread
+            self._entered.context = self._context
         return self._ask(name, *arguments)
 
     def _ask(self, name: str, *arguments: Any) -> Any:

@@ -1,26 +1,27 @@
 """Hundreds of kernels in one launch: what is enqueued again and again becomes a CUDA graph.
 
-A binding's first run is enqueued, since an engine sets itself up in it; the second is captured;
-from then on the graph is launched. TensorRT changes what a captured graph refers to as soon as
-other shapes are set (NVIDIA/TensorRT#3798), so a graph lives no longer than its binding: whoever
-comes back to an earlier one starts anew.
+A binding's first run is enqueued, since an engine sets itself up in it; the second is captured,
+if its runners can be; from then on the graph is launched. TensorRT changes what a captured graph
+refers to as soon as other shapes are set (NVIDIA/TensorRT#3798), so a graph lives no longer than
+its binding: whoever comes back to an earlier one starts anew.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from ltx_engines.errors import UserError
 from ltx_trt.session.driver import DeviceError, Driver, Graph, Stream
 from ltx_trt.session.engine_api import EngineError
+from ltx_trt.session.runner import Runner
 
 Enqueue = Callable[[], None]
 
 
 class Graphs:
-    """Of one stream. `close` when it has passed."""
+    """Of one stream. `close` when it has passed. `runners` are what is enqueued there."""
 
-    def __init__(self, driver: Driver, stream: Stream) -> None:
-        self._driver, self._stream = driver, stream
+    def __init__(self, driver: Driver, stream: Stream, runners: Sequence[Runner] = ()) -> None:
+        self._driver, self._stream, self._runners = driver, stream, runners
         self._key: object = None
         self._graph: Graph | None = None
         self._stale: list[Graph] = []
@@ -39,6 +40,9 @@ class Graphs:
             self._key = key
             return
         if self._graph is None:
+            if not all(runner.capturable for runner in self._runners):
+                enqueue()
+                return
             self._graph = self._captured(enqueue)
         self._driver.launch(self._graph, self._stream)
 

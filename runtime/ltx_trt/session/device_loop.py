@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ltx_engines.errors import UserError
-from ltx_engines.stages import BRANCHES, COEFFICIENTS
+from ltx_engines.stages import BRANCHES, COEFFICIENTS, SAMPLER_STEP
 from ltx_trt.denoising import Denoising, check_finite
 from ltx_trt.session import Array, Feeds, Session
 from ltx_trt.session.closing import close_all, told
@@ -79,7 +79,11 @@ class DeviceLoop:
         trace: TracebackType | None,
     ) -> None:
         session = partial(self._session.__exit__, kind, error, trace)
-        close_all((session, self._engines.step.close), error)
+        close_all((session, self._close_step), error)
+
+    def _close_step(self) -> None:
+        with told(f"stage {SAMPLER_STEP}"):
+            self._engines.step.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +114,7 @@ class _Loop:
         self._driver, self._stream = engines.device.driver, engines.device.stream
         self._memory = LoopMemory(job, _types(engines), self._driver, self._stream)
         runners = engines.transformer, engines.step
-        self._captures = cuda_graphs and all(runner.capturable for runner in runners)
-        self._graphs = Graphs(self._driver, self._stream)
+        self._captures, self._graphs = cuda_graphs, Graphs(self._driver, self._stream, runners)
         self._events: list[Event] = []
         self._bound: _Bound | None = None
 

@@ -46,6 +46,10 @@ class Context(Protocol):
 
     def set_address(self, name: str, address: Address) -> None: ...
 
+    def capturable(self, stream: Stream) -> bool:
+        """A CUDA graph may hold what is enqueued there with the shapes that are set now."""
+        ...
+
     def enqueue(self, stream: Stream) -> None:
         """
         Raises:
@@ -77,8 +81,8 @@ class Engine(Protocol):
         ...
 
     def set_streaming_budget(self, size: int) -> int:
-        """Bytes of weights that may be on the GPU; before any context. Returns the scratch memory
-        that streaming takes for itself."""
+        """Bytes of weights that may be on the GPU; before any context. The GPU's memory is
+        taken here. Returns the scratch memory that streaming takes for itself."""
         ...
 
     def sleep(self) -> bool:
@@ -122,9 +126,17 @@ class Library(Protocol):
     @property
     def version(self) -> str: ...
 
-    def load(self, plan: Path, *, cache: Path | None = None, swaps: bool = False) -> Engine:
+    def load(
+        self,
+        plan: Path,
+        *,
+        cache: Path | None = None,
+        swaps: bool = False,
+        streams: bool = False,
+    ) -> Engine:
         """`plan` has been checked against its hash: a plan is code. With `swaps` its weights can
-        leave the GPU and come again, where the library has means for that.
+        leave the GPU and come again, where the library has means for that; with `streams` some of
+        them stay on the host.
 
         Raises:
             EngineError: it does not fit this library or this GPU.

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 
@@ -42,7 +41,8 @@ class EngineRunner:
         self._tensors = engine.tensors
         self._prepared: dict[int, _Prepared] = {}
         self._bound: _Prepared | None = None
-        self._ran, self._streamed = False, streamed
+        self._ran: Stream | None = None
+        self._streamed, self._warned = streamed, False
         _check(entry, self._tensors)
 
     @property
@@ -55,7 +55,14 @@ class EngineRunner:
 
     @property
     def capturable(self) -> bool:
-        return not self._streamed
+        """What RTX says of it is known when it has run once."""
+        if self._streamed or self._bound is None or self._ran is None:
+            return not self._streamed
+        found = self._bound.context.capturable(self._ran)
+        if not (found or self._warned):
+            self._warned = True
+            log.warning("%s cannot be in a CUDA graph; its kernels go one by one", self._entry.file)
+        return found
 
     def sleep(self) -> bool:
         """`Sleeps`, for a chain whose parts take turns."""
@@ -87,19 +94,19 @@ class EngineRunner:
             raise ValueError("a runner is bound before it is enqueued")
         self._place(self._bound)  # another stage may have made the arena grow
         self._bound.context.enqueue(stream)
-        self._ran = True
+        self._ran = stream
 
     def close(self) -> None:
         prepared, self._prepared, self._bound = self._prepared, {}, None
-        if self._ran:  # afterwards it has compiled whatever it will need
-            with suppress(EngineError):
-                self._save_cache()
-        close_all((*(p.context.close for p in prepared.values()), self._engine.close))
+        steps = [p.context.close for p in prepared.values()]
+        if self._ran is not None:  # it has compiled whatever it will need
+            steps.insert(0, self._save_cache)
+        close_all((*steps, self._engine.close))
 
     def _save_cache(self) -> None:
         try:
             self._engine.save_cache()
-        except OSError as error:  # the next start is slower, this one has done its work
+        except (OSError, EngineError) as error:  # the next start is slower, this one did its work
             log.warning("compiled kernels are not kept: %s", error)
 
     def _place(self, prepared: _Prepared) -> None:

@@ -4,6 +4,7 @@ Both only grow, so that addresses stay what a captured graph has noted; `revisio
 did not. Before a block goes, the streams whose work lies in it are waited for.
 """
 
+import logging
 from collections.abc import Iterable
 from threading import RLock
 from types import TracebackType
@@ -12,6 +13,8 @@ from typing import Self
 from ltx_engines import byte_sizes
 from ltx_engines.errors import UserError
 from ltx_trt.session.driver import Address, DeviceError, Driver, Stream
+
+log = logging.getLogger(__name__)
 
 ALIGNMENT = 256
 """Bytes. What `Driver.allocate` promises, and TensorRT wants of every address."""
@@ -130,7 +133,11 @@ class Watch:
         self._before = self._least = driver.memory()[0]
 
     def look(self) -> None:
-        self._least = min(self._least, self._driver.memory()[0])
+        """A gauge only: a GPU that has failed says so at the next call that does something."""
+        try:
+            self._least = min(self._least, self._driver.memory()[0])
+        except DeviceError as error:
+            log.debug("the GPU's memory cannot be read: %s", error)
 
     @property
     def peak(self) -> int:

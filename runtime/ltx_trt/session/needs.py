@@ -4,10 +4,17 @@ from collections.abc import Iterable, Sequence
 from math import prod
 
 from ltx_engines.bundle import EngineEntry, Manifest
+from ltx_engines.engine_entry import Chain
+from ltx_engines.stages import BRANCHES, COEFFICIENTS
+from ltx_trt.pipeline import Planned
 from ltx_trt.session import sizes
 from ltx_trt.session.chain_runner import slots
 from ltx_trt.session.element_types import stored
+from ltx_trt.session.memory import aligned
 from ltx_trt.session.residency import Need
+
+WIDEST = 4
+"""Bytes of a float32."""
 
 STREAMING = "weight streaming"
 """What the builder was told (`EngineKey.options`) for an engine that fetches weights itself."""
@@ -30,6 +37,24 @@ def need(
         + _chain_buffers(chain),
         streams=len(chain) == 1 and bool(chain[0].key.options.get(STREAMING)),
     )
+
+
+def of_loop(manifest: Manifest, transformer: Chain, planned: Planned) -> int:
+    """What the loop over the steps has on the card beside the buffers of its two engines (`need`):
+    a row and a noise for each step, and the prompts of each set of branches but one."""
+    model, clip = manifest.model, sizes.of_clip(planned.shape, manifest)
+    tensors = {tensor.name: tensor for entry in transformer for tensor in entry.inputs}
+    prompt = sum(
+        prod(clip[axis] if isinstance(axis, str) else axis for axis in tensors[name].axes[1:])
+        * stored(tensors[name].dtype).itemsize
+        for name in ("prompt_embeds", "prompt_mask")
+    )
+    small = (len(BRANCHES), len(COEFFICIENTS), model.num_layers * len(BRANCHES))
+    row = sum(aligned(WIDEST * number) for number in small)
+    noise = WIDEST * clip["tokens"] * model.latent_channels
+    prompts = max(0, planned.prompts - max(planned.batches)) * prompt
+    rows, noises = len(planned.batches) * row, planned.noises * noise
+    return sum(aligned(size) for size in (rows, noises, prompts) if size)
 
 
 def _chain_buffers(chain: Sequence[EngineEntry]) -> int:

@@ -205,8 +205,8 @@ def _check_formats(stage: str, entry: StageEntry) -> None:
 def _check_cpu(stage: str, entry: StageEntry) -> None:
     if any(tensor.dtype == "bfloat16" for tensor in (*entry.inputs, *entry.outputs)):
         raise UserError(
-            f"stage {stage} is bfloat16, which ONNX Runtime cannot compute on the CPU; install "
-            "onnxruntime-gpu and use a CUDA GPU, or export it again: ltx-export onnx "
+            f"stage {stage} is bfloat16, for which ONNX Runtime lacks kernels on the CPU and with "
+            "CUDA; build an engine: ltx-export build-engine, or export it again: ltx-export onnx "
             "--precision float32"
         )
     if stage == "transformer" and (entry.opset or OPSET) > OPSET:

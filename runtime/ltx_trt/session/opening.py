@@ -40,7 +40,6 @@ class Opening:
     def runner(self, chain: Chain, residency: Residency) -> Runner:
         """`residency` says how much of it is on the GPU at once."""
         first = chain[0]
-        self._check_lora(first, residency)
         if first.weights == "inputs":
             return self._of_inputs(chain, residency)
         if len(chain) == 1:
@@ -61,7 +60,7 @@ class Opening:
         return self._part(chain[0], swaps=False)
 
     def _whole(self, entry: EngineEntry, residency: Residency) -> EngineRunner:
-        engine = self.engine(entry)
+        engine = self.engine(entry, streams=residency.allowance is not None)
         with ExitStack() as undo:
             undo.callback(engine.close)
             streamed = limit(engine, residency)
@@ -91,11 +90,12 @@ class Opening:
             undo.pop_all()  # it closes them, also when it fails
         return WeightInputsRunner(device.driver, device.arena, engines, loading)
 
-    def engine(self, entry: EngineEntry, *, swaps: bool = False) -> Engine:
+    def engine(self, entry: EngineEntry, *, swaps: bool = False, streams: bool = False) -> Engine:
         """Only what the manifest names is opened: `open_bundle` has seen that its bytes are those
         that were built."""
         file = self.bundle.file(entry.file)
-        engine = self.device.library.load(file, cache=self._cache(entry), swaps=swaps)
+        cache = self._cache(entry)
+        engine = self.device.library.load(file, cache=cache, swaps=swaps, streams=streams)
         if not self._takes_lora(entry):
             return engine
         with ExitStack() as undo:
@@ -108,18 +108,20 @@ class Opening:
         stage = None if self.lora is None else self.lora.stage
         return entry.key.stage == stage and entry.weights == "embedded"
 
-    def _check_lora(self, entry: EngineEntry, residency: Residency) -> None:
-        """
+    def check_lora(self, chain: Chain, residency: Residency) -> tuple[str, ...]:
+        """What there is to say of it, before anything is loaded.
+
         Raises:
-            UserError: what it changes would have to be computed again in each step.
+            UserError: weights that were set in an engine would have to be set in each step.
         """
-        if self.lora is None or entry.key.stage != self.lora.stage or residency.resident:
-            return
-        if residency.allowance is None:
-            raise UserError(
-                f"a LoRA at run time wants all weights of {self.lora.stage} on the GPU at once, "
-                f"here they come and go; give more --device-memory, or {FUSE}"
-            )
+        if self.lora is None or chain[0].key.stage != self.lora.stage or residency.resident:
+            return ()
+        if chain[0].weights == "inputs":
+            return ("the LoRA is added again to the weights that are streamed, in each step",)
+        raise UserError(
+            f"a LoRA at run time wants all weights of {self.lora.stage} on the GPU at once, "
+            f"here they come and go; give more --device-memory, or {FUSE}"
+        )
 
     def _cache(self, entry: EngineEntry) -> Path | None:
         if self.device.library.flavour != "tensorrt-rtx":

@@ -51,6 +51,11 @@ class Residency:
         return len(self.need.weights)
 
     @property
+    def room(self) -> tuple[int, int | None]:
+        """What an engine is opened with."""
+        return self.places, self.allowance
+
+    @property
     def resident(self) -> bool:
         """Nothing is streamed."""
         return self.places == self.parts and self.allowance is None

@@ -7,8 +7,7 @@ either refuses is raised as EngineError with what it logged meanwhile.
 import logging
 import mmap
 import re
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache as once
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -17,10 +16,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ltx_engines.errors import UserError
-from ltx_engines.libraries import COMMANDS, MODULES
+from ltx_engines.libraries import COMMANDS, MODULES, released
 from ltx_engines.libraries import version as version
 from ltx_engines.targets import Flavour
-from ltx_trt.session import compiled_kernels
+from ltx_trt.session import compiled_kernels, complaints
+from ltx_trt.session.complaints import Said, reason
 from ltx_trt.session.driver import Address, Driver, Stream
 from ltx_trt.session.engine_api import EngineError, EngineTensor, Shape
 
@@ -60,17 +60,22 @@ class TensorRT:
         """
         self.flavour, self._driver = flavour, driver
         self._trt = _module(flavour)
-        self.version = str(self._trt.__version__)
-        self._said = _said(MODULES[flavour])
+        self.version = released(str(self._trt.__version__))
+        self._said = complaints.of_library(MODULES[flavour])
         self._runtime = self._said.ask("to start", self._trt.Runtime, self._said.logger)
 
     def load(
-        self, plan: Path, *, cache: Path | None = None, swaps: bool = False
+        self,
+        plan: Path,
+        *,
+        cache: Path | None = None,
+        swaps: bool = False,
+        streams: bool = False,
     ) -> "TensorRTEngine":
         """The plan is mapped, so that it is in memory once while its weights go to the GPU."""
         deferred = swaps and hasattr(self._runtime, "defer_weights_loading")
         with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            self._check(plan, data)
+            self._check(plan, data, whole=not (swaps or streams))
             if deferred:
                 self._runtime.defer_weights_loading = True
             try:
@@ -86,16 +91,20 @@ class TensorRT:
             opened.wake()
         return opened
 
-    def _check(self, plan: Path, data: mmap.mmap) -> None:
-        """RTX answers from the head of the file, TensorRT has no such question."""
+    def _check(self, plan: Path, data: mmap.mmap, *, whole: bool) -> None:
+        """RTX answers from the head of the file, TensorRT has no such question. `whole`: all of its
+        weights have to be on the GPU, which is all that RTX thinks of."""
         if (ask := getattr(self._runtime, "get_engine_validity", None)) is None:
             return
-        before = self._said.count
-        validity, diagnostics = ask(data)
+        with self._said.heard() as heard:
+            validity, diagnostics = ask(data)
         if validity == self._trt.EngineValidity.INVALID:
             kinds = self._trt.EngineInvalidityDiagnostics.__members__
+            if not whole and diagnostics == int(kinds["INSUFFICIENT_GPU_MEMORY"]):
+                log.warning("%s as a whole is too large for this GPU, as was planned", plan.name)
+                return
             reasons = [_words(name) for name, bit in kinds.items() if int(bit) & diagnostics]
-            said = ", ".join(reasons) or self._said.since(before)
+            said = ", ".join(reasons) or reason(heard)
             raise EngineError(f"{plan.name} is not valid on this machine: {said}")
         if validity == self._trt.EngineValidity.SUBOPTIMAL:
             log.warning("%s runs here, but was built for a faster way", plan.name)
@@ -105,7 +114,7 @@ class TensorRTEngine:
     """Implements Engine."""
 
     def __init__(
-        self, trt: Any, said: "Said", driver: Driver, engine: Any, cache: Path | None
+        self, trt: Any, said: Said, driver: Driver, engine: Any, cache: Path | None
     ) -> None:
         self._trt, self._said, self._driver, self._engine = trt, said, driver, engine
         self._name = str(engine.name)
@@ -153,12 +162,13 @@ class TensorRTEngine:
         return int(self._engine.streamable_weights_size)
 
     def set_streaming_budget(self, size: int) -> int:
-        before, budget = self._said.count, min(size, self.streamable)
-        self._engine.weight_streaming_budget_v2 = budget
+        budget = min(size, self.streamable)
+        with self._said.heard() as heard:
+            self._engine.weight_streaming_budget_v2 = budget
         if (found := self._engine.weight_streaming_budget_v2) != budget:
             raise EngineError(
                 f"a budget of {budget} bytes of weights was refused ({found} are set): "
-                f"{self._said.since(before)}"
+                f"{reason(heard)}"
             )
         return int(self._engine.weight_streaming_scratch_memory_size)
 
@@ -205,7 +215,8 @@ class TensorRTEngine:
     def save_cache(self) -> None:
         if self._cache is None or self._kernels is None:
             return
-        data = bytes(memoryview(self._kernels.serialize()))
+        held = self._said.ask("to hand over its kernels", self._kernels.serialize)
+        data = bytes(memoryview(held))
         if data != self._written:
             compiled_kernels.write(self._cache, data)
             self._written = data
@@ -271,7 +282,7 @@ class TensorRTEngine:
 class TensorRTContext:
     """Implements Context."""
 
-    def __init__(self, said: "Said", engine: Any, context: Any, profile: int) -> None:
+    def __init__(self, said: Said, engine: Any, context: Any, profile: int) -> None:
         self._said, self._engine, self._context, self._profile = said, engine, context, profile
 
     def set_shape(self, name: str, shape: Shape) -> None:
@@ -289,80 +300,33 @@ class TensorRTContext:
             self._engine.weight_streaming_budget_v2 < self._engine.streamable_weights_size
         ):
             return most  # with what streaming needs
-        before = self._said.count
-        size = int(self._context.update_device_memory_size_for_shapes())
+        with self._said.heard() as heard:
+            size = int(self._context.update_device_memory_size_for_shapes())
         if not size and most:
-            raise EngineError(f"memory for these shapes: {self._said.since(before)}")
+            raise EngineError(f"memory for these shapes: {reason(heard)}")
         return size
 
     def set_memory(self, address: Address, size: int) -> None:
-        before = self._said.count
-        self._context.set_device_memory(int(address), size)
-        if self._said.count > before:
-            raise EngineError(f"{size} bytes of activations: {self._said.since(before)}")
+        with self._said.heard() as heard:
+            self._context.set_device_memory(int(address), size)
+        if heard:
+            raise EngineError(f"{size} bytes of activations: {reason(heard)}")
 
     def set_address(self, name: str, address: Address) -> None:
         self._said.ask(
             f"{name} at {address:#x}", self._context.set_tensor_address, name, int(address)
         )
 
+    def capturable(self, stream: Stream) -> bool:
+        """TensorRT has no such question: its engines are."""
+        ask = getattr(self._context, "is_stream_capturable", None)
+        return ask is None or bool(ask(int(stream)))
+
     def enqueue(self, stream: Stream) -> None:
         self._said.ask("to enqueue", self._context.execute_async_v3, int(stream))
 
     def close(self) -> None:
         self._context = None
-
-
-class Said:
-    """The library's complaints, in the order in which they came."""
-
-    def __init__(self, trt: Any) -> None:
-        self.name = str(trt.__name__)
-        self.errors: list[str] = []
-        self.logger = _logger(trt, self)
-
-    @property
-    def count(self) -> int:
-        return len(self.errors)
-
-    def since(self, count: int) -> str:
-        """The first complaint is the cause, the next ones say what it led to."""
-        return self.errors[count] if self.count > count else "it gave no reason"
-
-    def ask(self, what: str, method: Callable[..., Any], *arguments: Any) -> Any:
-        """
-        Raises:
-            EngineError: the answer is False or None, or there is none.
-        """
-        before = self.count
-        try:
-            answer = method(*arguments)
-        except RuntimeError as error:
-            raise EngineError(f"{self.name} refused {what}: {error}") from None
-        if answer is None or answer is False:
-            raise EngineError(f"{self.name} refused {what}: {self.since(before)}")
-        return answer
-
-
-@once
-def _said(module: str) -> Said:
-    """One for each library: it keeps the first logger that it is given, for the whole process."""
-    return Said(import_module(module))
-
-
-def _logger(trt: Any, said: Said) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            words = " ".join(message.split())
-            if severity <= trt.ILogger.ERROR:
-                said.errors.append(words)
-            elif severity == trt.ILogger.WARNING:
-                log.info("%s", words)
-
-    return Log()
 
 
 def _module(flavour: Flavour) -> Any:

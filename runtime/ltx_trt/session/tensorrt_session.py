@@ -6,7 +6,7 @@ from typing import Self
 
 import numpy as np
 
-from ltx_engines.bundle import Bundle, StageEntry
+from ltx_engines.bundle import StageEntry
 from ltx_trt.session import Array, Feeds, check_feeds, sizes
 from ltx_trt.session.closing import close_all, told
 from ltx_trt.session.device import Device
@@ -14,8 +14,6 @@ from ltx_trt.session.driver import Bytes
 from ltx_trt.session.element_types import narrowed, stored, widened
 from ltx_trt.session.engine_api import Shape
 from ltx_trt.session.memory import Buffers
-from ltx_trt.session.opening import Opening, needed
-from ltx_trt.session.residency import plan
 from ltx_trt.session.runner import Runner
 
 
@@ -28,20 +26,6 @@ class TensorRTSession:
         self._runner: Runner | None = runner
         self._buffers = Buffers(device.driver, device.stream)
         self._staging: dict[str, Bytes] = {}
-
-    @classmethod
-    def open(cls, bundle: Bundle, stage: str, device: Device) -> Self:
-        """The stage's engines for this GPU, as much of them at once as there is room for.
-
-        Raises:
-            UserError: there are none, they do not open, or they need more room.
-        """
-        driver, library = device.driver, device.library
-        chain = bundle.engines(stage, driver.capability, library.flavour)
-        (residency,) = plan([needed(bundle.manifest, chain)], driver.memory()[0])
-        with told(f"stage {stage}"):
-            runner = Opening(bundle, device).runner(chain, residency)
-        return cls(stage, bundle.stage(stage), device, runner)
 
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
         if self._runner is None:

@@ -126,7 +126,8 @@ class WeightInputsRunner:
 
     @property
     def capturable(self) -> bool:
-        return self._blocks is not None and not self._blocks.streamed
+        stay = self._blocks is not None and not self._blocks.streamed
+        return stay and all(piece.capturable for piece in self._pieces)
 
     def bind(self, shapes: Mapping[str, Shape], addresses: Mapping[str, Address]) -> None:
         if self._stream is not None:  # the buffers between the pieces may move
@@ -164,7 +165,7 @@ class WeightInputsRunner:
         self._copy_rows(binding, stream)
         hidden, other = binding.hidden
         self._pieces[0].enqueue(stream)
-        blocks.fetch(0)
+        blocks.fetch(0, self._layers - 1)
         for block in range(self._layers):
             piece = self._of_block[block]
             row = Address(binding.rows + block * aligned(binding.row))

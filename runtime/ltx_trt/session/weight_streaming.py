@@ -15,8 +15,10 @@ def limit(engine: Engine, residency: Residency) -> int:
     """
     if residency.allowance is None:
         return 0
-    streamable = budget = engine.streamable
+    streamable = engine.streamable
     fixed = max(0, sum(residency.need.weights) - streamable)
+    # Each budget is memory that is taken: begin with no more than there is.
+    budget = min(streamable, max(0, residency.allowance - fixed))
     while (over := fixed + budget + engine.set_streaming_budget(budget) - residency.allowance) > 0:
         if budget == 0:
             raise UserError(

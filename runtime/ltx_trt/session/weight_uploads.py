@@ -156,12 +156,14 @@ class BlockWeights:
         return self._layouts[block].addresses(buffer.address)
 
     def release(self, block: int, stream: Stream) -> None:
-        """The block is enqueued; the next one's weights come while it runs."""
+        """The block is enqueued; the next one's weights come while it runs. After the last one
+        the first is not needed any more, unless there is another pass."""
         if self.streamed:
             self._uploads.driver.record(self._held[block].passed, stream)
-            self.fetch((block + 1) % len(self._layouts), block)
+            if block + 1 < len(self._layouts):
+                self.fetch(block + 1, block)
 
-    def fetch(self, wanted: int, running: int | None = None) -> None:
+    def fetch(self, wanted: int, running: int) -> None:
         if swap := self._rotation.toward(wanted, running):
             last, _ = swap
             self._held[wanted] = self._held.pop(last)
