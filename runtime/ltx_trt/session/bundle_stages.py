@@ -25,6 +25,8 @@ from ltx_trt.session.residency import Need, Residency
 from ltx_trt.session.tensorrt_session import TensorRTSession
 
 TRANSFORMER, DECODER = "transformer", "vae_decoder"
+USED = ("text_encoder", TRANSFORMER, DECODER)
+"""The stages of a clip, in order of use."""
 
 
 class Stages(Protocol):
@@ -211,7 +213,7 @@ class EngineStages:
         return (f"of --device-memory {said(wished)}, {said(self._budget)} can be used",)
 
     def _missing(self) -> tuple[str, ...]:
-        without = [s for s in ("text_encoder", TRANSFORMER, "vae_decoder") if s not in self._chains]
+        without = [stage for stage in USED if stage not in self._chains]
         notes = [f"{stage} has no engine and runs on ONNX Runtime" for stage in without]
         if TRANSFORMER in self._chains and SAMPLER_STEP not in self._chains:
             notes.append(f"without an engine of {SAMPLER_STEP}, each step comes back to the host")

@@ -20,13 +20,10 @@ from ltx_engines.stages import SAMPLER_STEP
 from ltx_engines.targets import Flavour
 from ltx_trt.backend import Backend, Choice, Keep
 from ltx_trt.session import onnxruntime_session, tensorrt_adapter
-from ltx_trt.session.bundle_stages import EngineStages, OnnxRuntimeStages, Stages
+from ltx_trt.session.bundle_stages import USED, EngineStages, OnnxRuntimeStages, Stages
 from ltx_trt.session.device import Device
 from ltx_trt.session.driver import DeviceError
 from ltx_trt.session.engine_api import EngineError
-
-USED = ("text_encoder", "transformer", "vae_decoder")
-"""The stages of a clip, in order of use."""
 
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
 
