@@ -50,13 +50,21 @@ def of(graph: Path) -> Needs:
 
     proto = onnx.load(graph, load_external_data=False)
     weights = _weight_bytes(proto)
-    operators = {node.op_type for node in proto.graph.node}
-    kind = "conv" if "Conv" in operators else "small" if QUANTIZED & operators else "float"
+    kind = _kind(proto)
     return Needs(
         weights,
         stage_plan.BUILD_BASE + int(weights * stage_plan.BUILD_FACTOR[kind]),
         weights + stage_plan.KERNEL_BYTES * len(proto.graph.node),
     )
+
+
+def _kind(proto: "ModelProto") -> str:
+    operators = {node.op_type for node in proto.graph.node}
+    if "Conv" in operators:
+        return "conv"
+    if QUANTIZED & operators:
+        return "small"
+    return "text" if any(value.name == "input_ids" for value in proto.graph.input) else "float"
 
 
 def _weight_bytes(proto: "ModelProto") -> int:

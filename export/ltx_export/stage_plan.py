@@ -27,13 +27,16 @@ KERNEL_BYTES = 40_000
 """An engine is its weights and this much code for each kernel (2B: 54 MB of 3,901)."""
 BUILD_BASE = 220_000_000
 """Bytes of a builder's process without a model."""
-BUILD_FACTOR: Mapping[str, float] = MappingProxyType({"float": 1.31, "conv": 1.89, "small": 1.35})
-"""Bytes that a build allocates for one byte of weights, beside the mapped file and BUILD_BASE: 2B
-transformer and VAE decoder (benchmarks/engines.py), 2B and 16 blocks of 13B in fp8 (1.31 and 1.28
-for SM89, 1.08 for SM120; benchmarks/split.py). All weights are copied once, and a second time those
-that are merged: q, k and v of a layer, k and v of all layers that read the prompt. That is with a
-stream writer and with what is freed given back at once (build.py); without the first it is 2.05 to
-2.3, without the second 1.53 for the transformer and 2.06 for the decoder."""
+BUILD_FACTOR: Mapping[str, float] = MappingProxyType(
+    {"float": 1.18, "small": 1.19, "text": 1.72, "conv": 1.89}
+)
+"""Bytes that a build allocates for one byte of weights, beside the mapped file and BUILD_BASE: the
+2B transformer, in bf16 and in fp8 (SM89; 0.99 for SM120), and its VAE decoder
+(benchmarks/engines.py). All weights are copied once, and a second time those that are merged: q, k
+and v of a layer, 3 of 16 parts of a block of the transformer; of T5 also both that its gate reads,
+0.74 of a block (four blocks of T5-XXL were built: 1.54 with the table of words). That is with the
+text's keys and values apart (text_products.py), with a stream writer and with what is freed given
+back at once (build.py)."""
 EXPORT_BASE = 160_000_000
 """Bytes of a process that exports graphs and copies no weights (13B with T5-XXL: 155 MB)."""
 CONVERSION = 16_000_000
@@ -203,7 +206,7 @@ def stage_plan(name: str, workshop: Workshop) -> StagePlan:
         sum(array.elements for array in costs.weights.values()),
         sum(info.end - info.begin for info in files),
         EXPORT_BASE + CONVERSION * _is_converted(part, costs, form),
-        BUILD_BASE + weights + int(weights * BUILD_FACTOR[_kind(form, costs)]),
+        BUILD_BASE + weights + int(weights * BUILD_FACTOR[_kind(name, form, costs)]),
         weights + KERNEL_BYTES * len(costs.kernels),
         costs,
     )
@@ -234,7 +237,9 @@ def _is_converted(part: Part, costs: Costs, form: Number) -> bool:
     return False
 
 
-def _kind(form: Number, costs: Costs) -> str:
+def _kind(name: str, form: Number, costs: Costs) -> str:
     if form.quantized:
         return "small"
-    return "conv" if costs.convolutions else "float"
+    if costs.convolutions:
+        return "conv"
+    return "text" if name == "text_encoder" else "float"
