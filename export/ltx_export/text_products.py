@@ -46,16 +46,35 @@ def _own_text(trt: Any, network: Any, makers: dict[str, Any], product: tuple[Any
     """What the product reads, times its own 1: before it is quantized, if it is."""
     layer, one = product
     text = layer.get_input(0)
-    times = trt.ElementWiseOperation.PROD
-    back = makers.get(text.name)
-    if back is None or back.type != trt.LayerType.DEQUANTIZE:
-        return network.add_elementwise(text, one, times).get_output(0)
-    codes = makers[back.get_input(0).name]
-    own = network.add_elementwise(codes.get_input(0), one, times).get_output(0)
-    kind = codes.get_output(0).dtype
-    own = network.add_quantize(own, codes.get_input(1), kind).get_output(0)
-    scale, kind = back.get_input(1), back.get_output(0).dtype
-    return network.add_dequantize(own, scale, kind).get_output(0)
+    chain = _quantization(trt, makers, text)
+    if chain:
+        text = chain[0].get_input(0)
+    if one.dtype != text.dtype:
+        one = network.add_cast(one, text.dtype).get_output(0)
+    own = network.add_elementwise(text, one, trt.ElementWiseOperation.PROD).get_output(0)
+    for step in chain:
+        kind = step.get_output(0).dtype
+        if step.type == trt.LayerType.CAST:
+            again = network.add_cast(own, kind)
+        elif step.type == trt.LayerType.QUANTIZE:
+            again = network.add_quantize(own, step.get_input(1), kind)
+        else:
+            again = network.add_dequantize(own, step.get_input(1), kind)
+        own = again.get_output(0)
+    return own
+
+
+def _quantization(trt: Any, makers: dict[str, Any], text: Any) -> list[Any]:
+    """The layers from activations to codes and back, in order; none if it is not quantized."""
+    kinds, chain = trt.LayerType, list[Any]()
+    while (maker := makers.get(text.name)) is not None:
+        if maker.type not in (kinds.CAST, kinds.DEQUANTIZE, kinds.QUANTIZE):
+            break
+        chain.insert(0, maker)
+        if maker.type == kinds.QUANTIZE:
+            return chain
+        text = maker.get_input(0)
+    return []
 
 
 class _Ones:
