@@ -56,7 +56,7 @@ ELEMENT_TYPES = MappingProxyType(
         "bool": "BOOL",
     }
 )
-"""A bundle's word -> Triton's; 8-bit floats and 4-bit integers have none and stay inside engines."""
+"""A bundle's word -> Triton's. 8-bit floats and 4-bit integers have none: they stay in engines."""
 
 
 @dataclass(frozen=True, slots=True)

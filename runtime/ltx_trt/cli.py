@@ -195,6 +195,47 @@ def batch(  # noqa: PLR0913 - options of a command
 
 
 @app.command()
+def client(  # noqa: PLR0913 - options of a command
+    prompt: Annotated[str, typer.Option(help="What the clip shows.")],
+    output: Output,
+    url: Annotated[
+        str, typer.Option(metavar="grpc://HOST:PORT", help="Of a Triton server; grpcs:// with TLS.")
+    ] = "grpc://localhost:8001",
+    negative_prompt: Annotated[str | None, typer.Option(help="What it does not show.")] = None,
+    width: Pixels = None,
+    height: Pixels = None,
+    num_frames: Frames = None,
+    frame_rate: Annotated[float | None, typer.Option(help="Frames a second.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = SEED,
+    num_inference_steps: Count = None,
+    guidance_scale: Scale = None,
+    stg_scale: Stg = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.001, help="Give up, and cancel, after so many seconds.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Let a Triton server make a clip; Ctrl-C cancels it there. The server has the defaults."""
+    from ltx_trt.triton.client import Call, execute
+
+    said = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "seed": seed,
+        "width": width,
+        "height": height,
+        "num_frames": num_frames,
+        "num_inference_steps": num_inference_steps,
+        "frame_rate": frame_rate,
+        "guidance_scale": guidance_scale,
+        "stg_scale": stg_scale,
+    }
+    wishes = {name: wish for name, wish in said.items() if wish is not None}
+    report = execute(Call(url, wishes, timeout=timeout), output)
+    print(report.as_json() if json else report.as_text())
+
+
+@app.command()
 def info(
     bundle: Annotated[Path, typer.Argument(help="The exported model.")] = SHIPPED,
     json: Json = False,
