@@ -1,11 +1,13 @@
 """One run of the command line: checks first, then frames, then files, then a report."""
 
 import json
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
+from typing import Self
 
 from rich.console import Console
 from rich.progress import (
@@ -89,6 +91,31 @@ class Report:
     device_memory: int | None = None
     loras: tuple[str, ...] = ()
 
+    @classmethod
+    def of(  # noqa: PLR0913 - what is known at the end of a run
+        cls,
+        request: Request,
+        frames: media.Frames,
+        output: str,
+        sigmas: tuple[float, ...],
+        seconds: Mapping[str, float],
+        device_memory: int | None,
+    ) -> Self:
+        count, height, width, _ = frames.shape
+        return cls(
+            output=output,
+            seed=request.seed,
+            frames=count,
+            height=height,
+            width=width,
+            frame_rate=request.frame_rate,
+            sampler=request.sampler,
+            sigmas=sigmas,
+            seconds={name: round(value, 4) for name, value in seconds.items()},
+            sha256=sha256(frames.tobytes()).hexdigest(),
+            device_memory=device_memory,
+        )
+
     def as_json(self) -> str:
         return json.dumps(asdict(self))
 
@@ -115,27 +142,14 @@ def make(clip: Clip, stages: Stages, voice: Voice) -> Report:
     voice.say(*planned.notes, *stages.prepare(planned))
     events = _follow(request, stages, voice)
     frames = next(event for event in events if isinstance(event, Decoded)).frames
-    seconds = _seconds(events)
     started = perf_counter()
     media.write(clip.output, frames, request.frame_rate)
     if clip.contact_sheet is not None:
         media.write_image(clip.contact_sheet, media.contact_sheet([frames]))
-    seconds["write"] = perf_counter() - started
-    count, height, width, _ = frames.shape
-    return Report(
-        output=str(clip.output.path),
-        seed=request.seed,
-        frames=count,
-        height=height,
-        width=width,
-        frame_rate=request.frame_rate,
-        sampler=request.sampler,
-        sigmas=planned.sigmas,
-        seconds={name: round(value, 4) for name, value in seconds.items()},
-        sha256=sha256(frames.tobytes()).hexdigest(),
-        device_memory=None if stages.watch is None else stages.watch.peak,
-        loras=stages.loras,
-    )
+    seconds = {**seconds_by_stage(events), "write": perf_counter() - started}
+    memory = None if stages.watch is None else stages.watch.peak
+    report = Report.of(request, frames, str(clip.output.path), planned.sigmas, seconds, memory)
+    return replace(report, loras=stages.loras)
 
 
 def _check_outputs(job: Job, request: Request) -> media.Output:
@@ -185,7 +199,7 @@ def _show(progress: Progress, task: TaskID, event: Event) -> None:
         progress.update(task, completed=event.index)
 
 
-def _seconds(events: list[Event]) -> dict[str, float]:
+def seconds_by_stage(events: Iterable[Event]) -> dict[str, float]:
     """By stage, what it took to open (`..._open`) and to run."""
     seconds: dict[str, float] = {}
     stage = ""

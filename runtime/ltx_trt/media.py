@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Literal
@@ -51,11 +52,8 @@ def check(path: Path, *, count: int, height: int, width: int) -> Output:
     if kind == "png" and count != 1:
         numbered = path.with_name(f"{path.stem}_%04d.png")
         raise UserError(f"{path} holds one frame, not {count}; name it {numbered} or {path.stem}/")
-    if kind == "mp4" and (height % 2 or width % 2):
-        raise UserError(
-            f"mp4 needs an even width and height, not {width} x {height}; try "
-            f"{width + width % 2} x {height + height % 2}, or write a .gif or PNG frames"
-        )
+    if kind == "mp4":
+        check_even(height, width)
     if kind == "folder":
         _check_folder(path)
     elif kind == "pattern":
@@ -66,6 +64,18 @@ def check(path: Path, *, count: int, height: int, width: int) -> Output:
         raise UserError(f"{path} is a folder; choose another name")
     _check_writable(path)
     return Output(path, kind)
+
+
+def check_even(height: int, width: int) -> None:
+    """
+    Raises:
+        UserError: no mp4 has such frames.
+    """
+    if height % 2 or width % 2:
+        raise UserError(
+            f"mp4 needs an even width and height, not {width} x {height}; try "
+            f"{width + width % 2} x {height + height % 2}, or write a .gif or PNG frames"
+        )
 
 
 def write(output: Output, frames: Frames, frame_rate: float) -> None:
@@ -83,10 +93,22 @@ def write(output: Output, frames: Frames, frame_rate: float) -> None:
 
 
 def write_video(path: Path, frames: Frames, frame_rate: float, *, crf: int = CRF) -> None:
+    with replacing(path) as temporary:
+        _encode(str(temporary), frames, frame_rate, crf)
+
+
+def video_bytes(frames: Frames, frame_rate: float) -> bytes:
+    """What `write_video` would write."""
+    file = BytesIO()
+    _encode(file, frames, frame_rate, CRF)
+    return file.getvalue()
+
+
+def _encode(file: str | BytesIO, frames: Frames, frame_rate: float, crf: int) -> None:
     import av
     from av.video.reformatter import ColorRange, Colorspace
 
-    with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+    with av.open(file, "w", format="mp4") as container:
         rate = Fraction(frame_rate).limit_denominator(1001)
         options = {"crf": str(crf), "x264-params": PARAMETERS}
         stream = container.add_stream("libx264", rate=rate, options=options)

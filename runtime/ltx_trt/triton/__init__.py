@@ -1,0 +1,1 @@
+"""The runtime inside Triton Inference Server, and its client."""

@@ -1,0 +1,111 @@
+"""Triton's Python backend in our words: `triton_python_backend_utils`, which only a server has."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ltx_engines.errors import UserError
+from ltx_engines.triton_model import OUTPUTS
+from ltx_trt.session.element_types import to_bfloat16, widened
+from ltx_trt.triton import dlpack
+from ltx_trt.triton.metrics import Meter, Series
+from ltx_trt.triton.requests import Refused
+
+Array = NDArray[Any]
+
+def parameters(config: Mapping[str, Any]) -> dict[str, str]:
+    """Of a model's configuration, without those that are the backend's own (in capitals)."""
+    found = {name: entry["string_value"] for name, entry in config["parameters"].items()}
+    return {name: word for name, word in found.items() if name.islower()}
+
+
+def inputs(request: Any) -> dict[str, Array]:
+    """Copies: the server takes a request's memory back when it has begun."""
+    return {tensor.name(): np.array(tensor.as_numpy()) for tensor in request.inputs()}
+
+
+def names(request: Any) -> list[str]:
+    """Of the parameters beside the tensors; ours has none."""
+    return list(json.loads(request.parameters() or "{}"))
+
+
+class Sender:
+    """Implements Client. Ends in `end` or `fail`, once."""
+
+    def __init__(self, backend: Any, sender: Any) -> None:
+        self._backend, self._sender = backend, sender
+
+    def send(self, response: Any) -> None:
+        self._sender.send(self._response(response))
+
+    def gone(self) -> bool:
+        found: bool = self._sender.is_cancelled()
+        return found
+
+    def end(self) -> None:
+        self._sender.send(flags=self._backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def fail(self, refused: Refused) -> None:
+        code = getattr(self._backend.TritonError, refused.status.value)
+        error = self._backend.TritonError(refused.line, code)
+        self._sender.send(
+            self._backend.InferenceResponse(error=error),
+            flags=self._backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
+        )
+
+    def _response(self, response: Any) -> Any:
+        values = {
+            "event": np.array([json.dumps(response.event).encode()], np.object_),
+            "video": np.array([response.video], np.object_),
+            "frames": response.frames,
+        }
+        tensors = [self._backend.Tensor(wire.name, values[wire.name]) for wire in OUTPUTS]
+        return self._backend.InferenceResponse(output_tensors=tensors)
+
+
+def meter(backend: Any, model: str) -> Meter:
+    kinds = {"counter": backend.MetricFamily.COUNTER, "gauge": backend.MetricFamily.GAUGE}
+    families: dict[str, Any] = {}
+
+    def make(name: str, kind: str, text: str, labels: Mapping[str, str]) -> Series:
+        if name not in families:
+            families[name] = backend.MetricFamily(name=name, description=text, kind=kinds[kind])
+        series: Series = families[name].Metric(labels=dict(labels))
+        return series
+
+    return Meter(make, model)
+
+
+def caller(backend: Any) -> Callable[..., dict[str, Array]]:
+    """Asks another model of the same server, and waits for what it says."""
+
+    def call(model: str, feeds: Mapping[str, tuple[Array, str]], wanted: Mapping[str, str]) -> Any:
+        request = backend.InferenceRequest(
+            model_name=model,
+            inputs=[tensor(backend, n, array, dtype) for n, (array, dtype) in feeds.items()],
+            requested_output_names=list(wanted),
+            preferred_memory=backend.PreferredMemory(backend.TRITONSERVER_MEMORY_CPU, 0),
+        )
+        response = request.exec()
+        if response.has_error():
+            raise UserError(f"model {model}: {response.error().message()}")
+        return {t.name(): values(t, wanted.get(t.name(), "")) for t in response.output_tensors()}
+
+    return call
+
+
+def tensor(backend: Any, name: str, array: Array, dtype: str) -> Any:
+    """Of a float32 or integer array, in the element type of the model's table."""
+    if dtype != "bfloat16":
+        return backend.Tensor(name, np.ascontiguousarray(array, dtype))
+    return backend.Tensor.from_dlpack(name, dlpack.Lender(to_bfloat16(array)))
+
+
+def values(tensor: Any, dtype: str) -> Array:
+    """A copy; floats in float32, as sessions give them."""
+    if dtype == "bfloat16":
+        return widened(dlpack.words(tensor.to_dlpack()), dtype)
+    return widened(np.array(tensor.as_numpy()), dtype)

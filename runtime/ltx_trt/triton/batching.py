@@ -1,0 +1,189 @@
+"""Steps of different requests share one pass of the transformer, where their shapes are equal.
+
+    lane A  --feeds-->  |                      |
+    lane B  --feeds-->  |  rows of A, B, C  -> | one call -> each lane gets its own rows back
+    lane C  --feeds-->  |                      |
+
+Rows are put together along the axis that the tensor table calls `batch`; sigmas and prompts may
+differ. A lane that is alone never waits. With others of its shape it waits for them until the delay
+is over; whoever is there then goes. There is one pass at a time.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Condition
+from time import monotonic
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from ltx_engines.bundle import StageEntry, TensorEntry
+from ltx_trt.session import Array, Feeds, Session
+
+BATCH = "batch"
+
+Key = tuple[tuple[str, tuple[int, ...]], ...]
+"""What must be equal: every size but the batch's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`delay` in seconds; `rows` of one pass at most, though one lane's own rows always go."""
+
+    delay: float
+    rows: int
+
+
+@dataclass(slots=True)
+class _Call:
+    """Mutable: filled by whoever runs the pass."""
+
+    key: Key
+    feeds: Feeds
+    rows: int
+    result: dict[str, Array] | None = None
+    error: BaseException | None = None
+    taken: bool = False
+
+    @property
+    def done(self) -> bool:
+        return self.result is not None or self.error is not None
+
+
+class Batcher:
+    """One session for many lanes. Thread-safe; the session is called by one thread at a time."""
+
+    def __init__(self, session: Session, entry: StageEntry, limits: Limits) -> None:
+        self._session, self._limits = session, limits
+        self._inputs = {t.name: t.axes.index(BATCH) for t in entry.inputs if BATCH in t.axes}
+        self._outputs = {t.name: _axis(t) for t in entry.outputs}
+        self._turn = Condition()
+        self._waiting: list[_Call] = []
+        self._lanes: dict[int, Key | None] = {}
+        self._running = False
+        self.passes = self.rows = 0
+
+    @contextmanager
+    def lane(self) -> Iterator["Lane"]:
+        """One request's way to the session, open from its first step to its last."""
+        lane = Lane(self)
+        with self._turn:
+            self._lanes[id(lane)] = None
+        try:
+            yield lane
+        finally:
+            with self._turn:
+                del self._lanes[id(lane)]
+                self._turn.notify_all()
+
+    def call(self, lane: "Lane", feeds: Feeds) -> dict[str, Array]:
+        key = _key(feeds, self._inputs)
+        name, axis = next(iter(self._inputs.items()))
+        call = _Call(key, feeds, feeds[name].shape[axis])
+        with self._turn:
+            self._lanes[id(lane)] = key
+            self._waiting.append(call)
+            self._turn.notify_all()
+            together = self._wait(call)
+        if together:
+            self._run(together)
+        if call.error is not None:
+            raise call.error
+        if call.result is None:
+            raise AssertionError("a pass ended without a result")
+        return call.result
+
+    def _wait(self, call: _Call) -> list[_Call]:
+        """Until another's pass has done this call, or it is this one's turn: then who goes."""
+        deadline = monotonic() + self._limits.delay
+        while not call.done:
+            left = deadline - monotonic()
+            if not self._running and not call.taken and (left <= 0 or self._complete(call.key)):
+                return self._take(call)
+            # a pass that runs ends with a notification; only the delay ends without one
+            self._turn.wait(None if self._running or call.taken else left)
+        return []
+
+    def _complete(self, key: Key) -> bool:
+        """Nobody else of this shape could come, or no more rows would go."""
+        alike = [call for call in self._waiting if call.key == key]
+        lanes = sum(found == key for found in self._lanes.values())
+        return len(alike) >= lanes or sum(call.rows for call in alike) >= self._limits.rows
+
+    def _take(self, first: _Call) -> list[_Call]:
+        """The oldest of its shape, itself among them."""
+        taken, rows = [first], first.rows
+        for call in self._waiting:
+            fits = call.key == first.key and rows + call.rows <= self._limits.rows
+            if call is not first and fits:
+                taken.append(call)
+                rows += call.rows
+        for call in taken:
+            call.taken = True
+        self._waiting = [call for call in self._waiting if not call.taken]
+        self._running = True
+        return taken
+
+    def _run(self, calls: list[_Call]) -> None:
+        """Outside the lock. An error is everybody's: nobody's rows are to blame alone."""
+        results: Iterable[dict[str, Array]] = ()
+        error: BaseException | None = None
+        try:
+            results = self._pass(calls)
+        except BaseException as raised:
+            error = raised
+        with self._turn:
+            for call in calls:
+                call.error = error
+            for call, result in zip(calls, results, strict=False):
+                call.result = result
+            self._running = False
+            self.passes += 1
+            self.rows += sum(call.rows for call in calls)
+            self._turn.notify_all()
+
+    def _pass(self, calls: list[_Call]) -> list[dict[str, Array]]:
+        if len(calls) == 1:
+            return [self._session(calls[0].feeds)]
+        feeds = {
+            name: np.concatenate([call.feeds[name] for call in calls], self._inputs[name])
+            for name in calls[0].feeds
+        }
+        whole = self._session(feeds)
+        ends = np.cumsum([call.rows for call in calls])[:-1]
+        split = {name: np.split(whole[name], ends, axis) for name, axis in self._outputs.items()}
+        return [{name: parts[i] for name, parts in split.items()} for i in range(len(calls))]
+
+
+class Lane:
+    """Implements Session. Of one request."""
+
+    def __init__(self, batcher: Batcher) -> None:
+        self._batcher = batcher
+
+    def __call__(self, feeds: Feeds) -> dict[str, Array]:
+        return self._batcher.call(self, feeds)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+
+def _axis(tensor: TensorEntry) -> int:
+    return tensor.axes.index(BATCH)
+
+
+def _key(feeds: Feeds, axes: dict[str, int]) -> Key:
+    return tuple(
+        (name, tuple(size for axis, size in enumerate(feed.shape) if axis != axes[name]))
+        for name, feed in sorted(feeds.items())
+    )
