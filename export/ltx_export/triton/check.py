@@ -25,7 +25,7 @@ SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A repository in which nothing is wrong."""
+    """What is in a repository."""
 
     repository: Path
     inventory: Inventory
@@ -44,15 +44,28 @@ class Checked:
 def check(repository: Path) -> Checked:
     """
     Raises:
-        UserError: something is wrong in it; all that is, in one line.
+        UserError: something is wrong in it; the first of it, in one line.
+    """
+    checked, problems = look(repository)
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise UserError(f"{repository}: {'; '.join(problems[:SHOWN])}{more}; {AGAIN}")
+    return checked
+
+
+def look(repository: Path) -> tuple[Checked, list[str]]:
+    """What is there, and all that is wrong.
+
+    Raises:
+        UserError: it is no repository.
     """
     found = inventory.read(repository)
+    place = inventory.bundle_folder(repository, found)
     problems = list(_files(repository, found))
     models, unread = _models(repository)
     problems += unread
     bundle = None
     try:
-        place = inventory.bundle_folder(repository, found)
         bundle = None if place is None else open_bundle(place)
     except UserError as error:
         problems.append(str(error))
@@ -63,10 +76,7 @@ def check(repository: Path) -> Checked:
         if bundle is not None:
             problems += (f"{model.name}: {problem}" for problem in _tensors(model, bundle))
             problems += (f"{model.name}: {problem}" for problem in _place(model, bundle))
-    if problems:
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise UserError(f"{repository}: {'; '.join(problems[:SHOWN])}{more}; {AGAIN}")
-    return Checked(repository, found, models)
+    return Checked(repository, found, models), problems
 
 
 def _files(repository: Path, found: Inventory) -> Iterator[str]:
