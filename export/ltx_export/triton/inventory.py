@@ -122,10 +122,16 @@ def plans(repository: Path) -> Iterator[Path]:
 
 
 def _plans_version(folder: Path, place: str | None) -> str | None:
-    """One server has one TensorRT: plans of several versions cannot be served together."""
     if place is None or not any(plans(folder)):
         return None
-    found = plan_versions(folder, bundle.read(folder / place))
+    return one_version(plan_versions(folder, bundle.read(folder / place)))
+
+
+def one_version(found: set[str]) -> str | None:
+    """
+    Raises:
+        UserError: the plans are of several.
+    """
     if len(found) > 1:
         raise UserError(
             f"the plans are of TensorRT {', '.join(sorted(found))}, and a server has one; build "

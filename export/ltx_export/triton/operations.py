@@ -79,13 +79,13 @@ def write(folder: Path, facts: Facts) -> None:
 
 def plan(folder: Path, facts: Facts) -> Service:
     manifest = facts.manifest
-    plans = inventory.plan_versions(folder, manifest)
+    plans = inventory.one_version(inventory.plan_versions(folder, manifest))
     built = sorted({engine.key.version for engine in manifest.engines})
     shared = _shared_memory(facts)
     extra = _extra(manifest)
     return Service(
         facts=facts,
-        image=images.choose(next(iter(plans), None)),
+        image=images.choose(plans),
         gpu=extra != "onnxruntime",
         extra=extra,
         pins=_pins(extra, built),

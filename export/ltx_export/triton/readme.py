@@ -1,5 +1,6 @@
 """The README of a model repository, in the order in which somebody needs it."""
 
+import textwrap
 from collections.abc import Iterable
 
 from ltx_engines.triton_model import INPUTS, METRICS, OUTPUTS, VIDEO, Wire
@@ -34,7 +35,7 @@ def _start(service: Service) -> str:
     return f"""\
 ## Start
 
-{service.image.why}
+{_filled(service.image.why)}
 {_verify(service)}
 The models import the runtime, which Triton's image lacks. Put its wheel beside the Dockerfile (in
 the sources of ltx-trt: `pip wheel --no-deps --wheel-dir PATH_OF_THIS_FOLDER .`), then, here:
@@ -60,8 +61,14 @@ def _verify(service: Service) -> str:
         return ""
     ask = f"docker run --rm {service.image.image} sh -c 'dpkg -l | grep nvinfer'"
     return f"""
-Ask the image itself which TensorRT it has before you trust it: `{ask}`. Engines that
-our own model plays are read by what the Dockerfile pins, `{service.pins[0]}`, not by the image's.
+Ask the image itself which TensorRT it has before you trust it:
+
+```sh
+{ask}
+```
+
+Engines that our own model plays are read by what the Dockerfile pins:
+`{service.pins[0]}`.
 """
 
 
@@ -165,6 +172,10 @@ def _rows(tensors: Iterable[Wire]) -> str:
         f"{'may be left out' if wire.optional else 'always'} |"
         for wire in tensors
     )
+
+
+def _filled(sentence: str) -> str:
+    return textwrap.fill(sentence, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def _gib(size: int) -> str:
