@@ -144,7 +144,7 @@ def ends_with(code: Any, text: str) -> Callable[..., Iterator[Any]]:
     ("status", "text", "wanted"),
     [
         ("INVALID_ARGUMENT", "num_frames must be from 1\nto 32768, not 0", "from 1 to 32768"),
-        ("INTERNAL", "Stub process 'ltx_video_0_0' is not healthy.", "is not healthy"),
+        ("INTERNAL", "Stub process 'ltx_video_0_0' is not healthy.", "start the server again"),
         ("UNAVAILABLE", "Exceeds maximum queue size", "Exceeds maximum queue size"),
         ("UNAVAILABLE", "Server exiting", "start it, or give its --url"),
     ],
@@ -229,6 +229,44 @@ def test_giving_up_cancels_at_the_server(
         assert client(url, tmp_path / "out.mp4", "--timeout", 0.5) == 2
         assert seen.gone.wait(5)
     assert "took longer than --timeout 0.5" in one_line(capsys)
+
+
+DEAD = "Stub process 'ltx_video_0_0' is not healthy."
+
+
+def test_silence_of_a_dead_model_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton never ends the stream, and says why to the next one who asks."""
+    monkeypatch.setattr("ltx_trt.triton.client.PATIENCE", 0.2)
+
+    def dies(wishes: dict[str, Any], context: Any) -> Iterator[Any]:
+        if not wishes["prompt"]:
+            context.abort(grpc.StatusCode.INTERNAL, DEAD)
+        yield from stuck(wishes, context)
+
+    with serving(dies) as (url, seen):
+        assert client(url, tmp_path / "out.mp4") == 2
+        assert seen.gone.wait(5)
+    assert f"{DEAD}; the model's process has died" in one_line(capsys)
+
+
+def test_silence_of_a_model_at_work_does_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ltx_trt.triton.client.PATIENCE", 0.1)
+    asked = threading.Semaphore(0)
+
+    def works(wishes: dict[str, Any], context: Any) -> Iterator[Any]:
+        if not wishes["prompt"]:
+            asked.release()
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the prompt is empty")
+        for _ in range(3):
+            assert asked.acquire(timeout=10)
+        yield done(b"v")
+
+    with serving(works) as (url, _):
+        assert client(url, tmp_path / "out.mp4") == 0
 
 
 def test_whoever_stops_reading_cancels_at_the_server() -> None:

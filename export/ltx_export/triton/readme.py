@@ -9,6 +9,9 @@ from ltx_export.triton.operations import GIB, NAME, PORTS, ROOM, Service
 
 HTTP, GRPC, SCRAPED = PORTS["http"], PORTS["grpc"], PORTS["metrics"]
 
+SILENCE = 30
+"""Seconds: PATIENCE of the runtime's client."""
+
 
 def text(service: Service) -> str:
     sections = (_head, _start, _sizes, _health, _metrics, _model)
@@ -112,16 +115,17 @@ def _health(_: Service) -> str:
 | `GET :{HTTP}/v2/health/ready` | every model is loaded; not ready if a stage has failed to load |
 | `GET :{HTTP}/v2/models/{VIDEO}/ready` | this model is loaded |
 
-A model's process that dies is not started again by Triton, and up to 24.10 at least its model stays
-"ready": clients then see `Stub process ... is not healthy`. Start the server again:
+A model's process that dies is not started again by Triton, and in 24.10 its model stays "ready".
+Requests that it was computing are never answered (`ltx-trt client` notices after {SILENCE} s), new
+ones are told `Stub process ... is not healthy`. Start the server again:
 
 ```sh
 docker restart {NAME}
 ```
 
 or `docker compose restart`, or `kubectl rollout restart deployment/{NAME}`. An alert on
-`ltx_requests_failed_total` and on `nv_inference_request_failure` finds it. A server that was killed
-leaves files in /dev/shm; in a container they go with it.
+`nv_inference_request_failure{{reason="BACKEND"}}` finds it. A server that was killed leaves files
+in /dev/shm; in a container they go with it.
 """
 
 

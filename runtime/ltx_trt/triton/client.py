@@ -5,13 +5,14 @@ Whoever stops reading the answers, by Ctrl-C or otherwise, cancels the request a
 
 import json
 import struct
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
+from threading import Event, Thread
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -29,6 +30,11 @@ NUMBERS: dict[str, Any] = {"INT32": np.int32, "INT64": np.int64, "FP32": np.floa
 
 REAL_STATUS = (("triton_grpc_error", "true"),)
 """Makes an error the stream's own status; without it one in a stream has a text and no code."""
+
+PATIENCE = 30.0
+"""Seconds of silence until the server is asked whether the model's process is alive."""
+
+RESTART = "the model's process has died: its operator has to start the server again"
 
 Value = str | int | float
 
@@ -92,21 +98,69 @@ def follow(call: Call) -> Generator[Answer, None, None]:
     address, encrypted = _address(call.url)
     request, done = _request(messages, call), False
     with _channel(grpc, address, encrypted=encrypted) as channel:
-        stub = services.GRPCInferenceServiceStub(channel)
-        responses = stub.ModelStreamInfer(
-            iter([request]), metadata=REAL_STATUS, timeout=call.timeout
-        )
+        ask = services.GRPCInferenceServiceStub(channel).ModelStreamInfer
+        responses = ask(iter([request]), metadata=REAL_STATUS, timeout=call.timeout)
+        probe = _request(messages, Call(call.url, {"prompt": ""}, call.model))
         try:
-            for response in responses:
-                answer = _answer(call, response)
-                done = answer.event["event"] == "done"
-                yield answer
+            with _Watch(responses, lambda: _dead(grpc, ask, probe)) as watch:
+                for response in responses:
+                    watch.heard()
+                    answer = _answer(call, response)
+                    done = answer.event["event"] == "done"
+                    yield answer
         except grpc.RpcError as error:
+            if watch.found:
+                raise UserError(f"{call.url}: {watch.found}; {RESTART}") from None
             raise _refused(call, error.code().name, error.details()) from None
         finally:
             responses.cancel()
     if not done:
         raise UserError(f"{call.url} ended the request without a clip; look into the server's log")
+
+
+class _Watch:
+    """While a server is silent for long, asks it why; cancels the call when there is a reason.
+
+    Triton never ends a stream whose model's process has died (2.51), but says so to the next one
+    who asks.
+    """
+
+    def __init__(self, responses: Any, question: Callable[[], str]) -> None:
+        self.found = ""
+        self._responses, self._question = responses, question
+        self._heard, self._over = Event(), Event()
+        self._thread = Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._heard.set()
+
+    def heard(self) -> None:
+        self._heard.set()
+
+    def _look(self) -> None:
+        while not self._over.is_set():
+            if self._heard.wait(PATIENCE):
+                self._heard.clear()
+            elif found := self._question():
+                self.found = found
+                self._responses.cancel()
+                return
+
+
+def _dead(grpc: Any, ask: Any, probe: Any) -> str:
+    """What is said to somebody who asks for nothing, if it is that nobody is there."""
+    try:
+        for _ in ask(iter([probe]), metadata=REAL_STATUS, timeout=PATIENCE):
+            pass
+    except (grpc.RpcError, ValueError) as error:  # ValueError: the channel was closed meanwhile
+        said = error.details() if isinstance(error, grpc.RpcError) else ""
+        return said if "is not healthy" in (said or "") else ""
+    return ""
 
 
 def _channel(grpc: Any, address: str, *, encrypted: bool) -> Any:
@@ -241,6 +295,8 @@ def _refused(call: Call, status: str, text: str | None) -> UserError:
         )
     if status == "DEADLINE_EXCEEDED":
         return UserError(f"{call.url} took longer than --timeout {call.timeout:g}; give it more")
+    if "is not healthy" in said:
+        return UserError(f"{call.url}: {said}; {RESTART}")
     if status == "NOT_FOUND":
         return UserError(f"{call.url} has no model {call.model} ({said}); give another --url")
     return UserError(f"{call.url}: {said}")
