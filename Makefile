@@ -2,9 +2,10 @@
 PYTHON ?= python3
 RUNTIME := .venv
 DEV := .venv-dev
+TRITON := .triton
 TINY := runtime/ltx_trt/ltx_tiny
 
-.PHONY: demo test lint templates bundle clean
+.PHONY: demo test lint triton templates bundle clean
 
 demo: $(RUNTIME)/.ready build/ltx-tiny/manifest.json
 	$(RUNTIME)/bin/python tools/demo.py --bundle build/ltx-tiny --out demo
@@ -16,6 +17,11 @@ lint: $(DEV)/.ready
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
+
+# A real Triton Inference Server beside the tests, without Docker or GPU (225 MB). Where there is
+# none for this machine, its tests say so and are skipped.
+triton: $(DEV)/.ready
+	tools/install_triton.sh $(TRITON) $(DEV)/bin/python
 
 # The traced graphs that the exporter ships, made anew from ltx_ref (three minutes).
 templates: $(DEV)/.ready
@@ -48,4 +54,4 @@ build/ltx-tiny/manifest.json: $(RUNTIME)/.ready $(TINY)/ltx-tiny.safetensors
 	touch $@
 
 clean:
-	rm -rf $(RUNTIME) $(DEV) build demo
+	rm -rf $(RUNTIME) $(DEV) $(TRITON) build demo

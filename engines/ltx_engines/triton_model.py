@@ -73,6 +73,7 @@ METRICS = (
     Metric("ltx_step_seconds", "histogram", "Seconds of one denoising step."),
     Metric("ltx_stage_seconds", "histogram", "Seconds of one stage of a request.", ("stage",)),
     Metric("ltx_queue_seconds", "histogram", "Seconds from a request's arrival to its start."),
+    Metric("ltx_pass_requests", "histogram", "Requests that shared a pass of the transformer."),
     Metric("ltx_requests_running", "gauge", "Requests that are being computed."),
     Metric("ltx_requests_waiting", "gauge", "Requests that wait for a place."),
     Metric("ltx_requests_done_total", "counter", "Requests that ended with a clip."),

@@ -5,11 +5,13 @@ Parameters are words to Triton; here they are values, read strictly.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ltx_engines.errors import UserError, nearest
 
-LAYOUTS = ("single", "stages")
+Layout = Literal["single", "stages"]
+
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 """The whole pipeline in one model, or a model for each stage that it calls."""
 
 IDLE = "none"
@@ -23,7 +25,7 @@ class Settings:
     step waits for the same step of others, if there are others; `most_pixels` is of a clip, frames
     and all; `threads` are of one operator on the CPU."""
 
-    layout: str = "single"
+    layout: Layout = "single"
     bundle: str = "bundle"
     at_once: int = 4
     batch_delay: float = 0.005

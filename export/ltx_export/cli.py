@@ -10,7 +10,7 @@ import typer
 
 from ltx_engines.command import invoke
 from ltx_engines.errors import UserError
-from ltx_export import debug_commands, engine_commands, quantization_commands
+from ltx_export import debug_commands, engine_commands, quantization_commands, triton_commands
 from ltx_export.console import check_packages, follow
 from ltx_export.options import (
     IgnoreKeys,
@@ -260,6 +260,7 @@ for command in (
     *quantization_commands.COMMANDS,
     *engine_commands.COMMANDS,
     *debug_commands.COMMANDS,
+    *triton_commands.COMMANDS,
 ):
     app.command()(command)
 

@@ -92,7 +92,7 @@ class Report:
     loras: tuple[str, ...] = ()
 
     @classmethod
-    def of(  # noqa: PLR0913 - what is known at the end of a run
+    def of(
         cls,
         request: Request,
         frames: media.Frames,

@@ -1,8 +1,7 @@
 """Configurations of Triton's models, as its own ModelConfig messages, from the tensor tables."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ltx_engines.engine_entry import TensorEntry
 from ltx_engines.errors import UserError
@@ -10,7 +9,10 @@ from ltx_engines.triton_model import ELEMENT_TYPES, INPUTS, OUTPUTS, VIDEO, Wire
 from ltx_engines.triton_settings import Settings
 
 if TYPE_CHECKING:
-    from tritonclient.grpc.model_config_pb2 import ModelConfig
+    from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
+
+Tables = tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]
+"""Inputs and outputs."""
 
 QUEUE_SECONDS = 600
 """How long a request may wait to be begun."""
@@ -45,11 +47,10 @@ def video(settings: Settings, queue: Queue = Queue()) -> "ModelConfig":
     return config
 
 
-def python_stage(stage: str, inputs: Sequence[TensorEntry], outputs: Sequence[TensorEntry],
-                 settings: Settings) -> "ModelConfig":
+def python_stage(stage: str, tables: Tables, settings: Settings) -> "ModelConfig":
     """Of a stage that our Python backend runs, in whatever batch."""
     config = _python(stage)
-    _add(config, inputs, outputs)
+    add_tensors(config, tables)
     for name, word in settings.parameters().items():
         config.parameters[name].string_value = word
     return config
@@ -77,29 +78,30 @@ def on_cpu(config: "ModelConfig") -> "ModelConfig":
 def text(config: "ModelConfig") -> str:
     from google.protobuf import text_format
 
-    return text_format.MessageToString(config)
+    return str(text_format.MessageToString(config))
 
 
-def _wired(tensor, wire: Wire):
-    tensor.name = wire.name
-    tensor.data_type = _type(WORDS.get(wire.dtype, wire.dtype))
-    tensor.dims.extend(wire.dims)
-    return tensor
-
-
-def _add(config: "ModelConfig", inputs: Iterable[TensorEntry], outputs: Iterable[TensorEntry]):
-    for rows, entries in ((config.input, inputs), (config.output, outputs)):
+def add_tensors(config: "ModelConfig", tables: Tables) -> None:
+    """With the batch among the dims: not every tensor has it first."""
+    for rows, entries in zip((config.input, config.output), tables, strict=True):
         for entry in entries:
             if entry.dtype not in ELEMENT_TYPES:
                 raise UserError(
                     f"{config.name}: {entry.name} is {entry.dtype}, which Triton does not carry; "
                     f"it carries {', '.join(ELEMENT_TYPES)}"
                 )
-            row = rows.add(name=entry.name, data_type=_type(ELEMENT_TYPES[entry.dtype]))
+            row = rows.add(name=entry.name, data_type=data_type(ELEMENT_TYPES[entry.dtype]))
             row.dims.extend(axis if isinstance(axis, int) else -1 for axis in entry.axes)
 
 
-def _type(word: str) -> int:
+def data_type(word: str) -> "DataType":
+    """By its name in requests."""
     from tritonclient.grpc import model_config_pb2
 
-    return model_config_pb2.DataType.Value(f"TYPE_{word}")
+    return model_config_pb2.DataType.Value(f"TYPE_{WORDS.get(word, word)}")
+
+
+def _wired(tensor: Any, wire: Wire) -> Any:
+    tensor.name, tensor.data_type = wire.name, data_type(wire.dtype)
+    tensor.dims.extend(wire.dims)
+    return tensor

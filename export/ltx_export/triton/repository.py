@@ -16,13 +16,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from ltx_engines.bundle import MANIFEST, Bundle, open_bundle
 from ltx_engines.errors import UserError
 from ltx_engines.triton_model import VIDEO
 from ltx_engines.triton_settings import Settings
-from ltx_export.triton import config
+from ltx_export.triton import config, tensorrt
+
+if TYPE_CHECKING:
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 USED = ("text_encoder", "transformer", "vae_decoder")
 """The stages of a clip, in order of use."""
@@ -75,21 +79,28 @@ def _models(bundle: Bundle, folder: Path, order: Order) -> Iterator[str]:
 
 
 def _stage(bundle: Bundle, folder: Path, stage: str, order: Order) -> None:
+    plans = tensorrt.plans(bundle.manifest, stage)
+    if plans:
+        _model(folder / stage, tensorrt.config_of(stage, plans))
+        for name, plan in plans.items():
+            _link(bundle.path / plan.file, folder / stage / "1" / name)
+        return
     entry = bundle.stage(stage)
     up = PurePosixPath("../..") / BUNDLE  # from the stage's version folder
     settings = order.settings.with_bundle(str(up))
-    made = config.python_stage(stage, entry.inputs, entry.outputs, settings)
-    _model(folder / stage, made, STAGE_PY)
+    tables = (entry.inputs, entry.outputs)
+    _model(folder / stage, config.python_stage(stage, tables, settings), STAGE_PY)
 
 
-def _model(folder: Path, made: "config.ModelConfig", source: str) -> None:
+def _model(folder: Path, made: "ModelConfig", source: str = "") -> None:
     (folder / "1").mkdir(parents=True, exist_ok=True)
     (folder / "configs").mkdir()
     (folder / "config.pbtxt").write_text(config.text(made), encoding="utf-8")
     (folder / "configs" / "cpu.pbtxt").write_text(
         config.text(config.on_cpu(made)), encoding="utf-8"
     )
-    (folder / "1" / "model.py").write_text(source, encoding="utf-8")
+    if source:
+        (folder / "1" / "model.py").write_text(source, encoding="utf-8")
 
 
 def _link_bundle(bundle: Bundle, target: Path) -> None:
@@ -113,12 +124,10 @@ def _link(source: Path, target: Path) -> None:
 def _seal(bundle: Bundle, folder: Path, order: Order, models: tuple[str, ...]) -> None:
     from ltx_export.triton import inventory, operations
 
-    layout = order.settings.layout
-    facts = operations.Facts(
-        layout=layout, manifest=bundle.manifest, models=models, bundle=BUNDLE
-    )
+    settings = order.settings
+    facts = operations.Facts(settings.layout, bundle.manifest, models, BUNDLE, settings)
     operations.write(folder, facts)
-    inventory.seal(folder, layout=layout, bundle=BUNDLE)
+    inventory.seal(folder, layout=settings.layout, bundle=BUNDLE)
 
 
 @contextmanager

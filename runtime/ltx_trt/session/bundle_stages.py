@@ -145,6 +145,12 @@ class EngineStages:
         with told("closing the GPU"):
             close_all((*steps, partial(self._device.close, error)), error)
 
+    def alone(self, stage: str) -> Session:
+        """A stage that is used without the others, for any clip that its engines take."""
+        if stage not in self._chains:
+            return _on_onnxruntime(self.bundle, stage, self._choice, self._lora)
+        return TensorRTSession.open(self.bundle, stage, self._device)
+
     def _open(self, stage: str) -> Session:
         if stage not in self._plan:
             raise ValueError("stages are prepared for a clip before one is opened")

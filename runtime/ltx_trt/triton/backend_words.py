@@ -2,19 +2,22 @@
 
 import json
 from collections.abc import Callable, Mapping
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ltx_engines.errors import UserError
-from ltx_engines.triton_model import OUTPUTS
+from ltx_engines.triton_model import ELEMENT_TYPES
 from ltx_trt.session.element_types import to_bfloat16, widened
 from ltx_trt.triton import dlpack
 from ltx_trt.triton.metrics import Meter, Series
-from ltx_trt.triton.requests import Refused
+from ltx_trt.triton.responses import Refused, Response
 
 Array = NDArray[Any]
+
 
 def parameters(config: Mapping[str, Any]) -> dict[str, str]:
     """Of a model's configuration, without those that are the backend's own (in capitals)."""
@@ -32,38 +35,79 @@ def names(request: Any) -> list[str]:
     return list(json.loads(request.parameters() or "{}"))
 
 
+def element_types(config: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """Of a model's inputs and outputs, in a bundle's words."""
+    ours = {f"TYPE_{word}": dtype for dtype, word in ELEMENT_TYPES.items()}
+    inputs, outputs = (
+        {row["name"]: ours[row["data_type"]] for row in config[side]}
+        for side in ("input", "output")
+    )
+    return inputs, outputs
+
+
+def failure(backend: Any, refused: Refused) -> Any:
+    code = getattr(backend.TritonError, refused.status.value)
+    return backend.InferenceResponse(error=backend.TritonError(refused.line, code))
+
+
 class Sender:
-    """Implements Client. Ends in `end` or `fail`, once."""
+    """Implements Client. Ends in `end` or `fail`, once.
+
+    Progress is sent by a thread of its own while the next step is computed: a response costs 0.5 to
+    1 ms. What that thread cannot send is raised by the next call.
+    """
 
     def __init__(self, backend: Any, sender: Any) -> None:
         self._backend, self._sender = backend, sender
+        self._queue: SimpleQueue[Response | None] = SimpleQueue()
+        self._error: BaseException | None = None
+        self._thread = Thread(target=self._pump, daemon=True)
+        self._thread.start()
 
-    def send(self, response: Any) -> None:
-        self._sender.send(self._response(response))
+    def send(self, response: Response) -> None:
+        if self._error is not None:
+            raise self._error
+        self._queue.put(response)
 
     def gone(self) -> bool:
         found: bool = self._sender.is_cancelled()
         return found
 
     def end(self) -> None:
+        self._drain()
+        if self._error is not None:
+            raise self._error
         self._sender.send(flags=self._backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def fail(self, refused: Refused) -> None:
-        code = getattr(self._backend.TritonError, refused.status.value)
-        error = self._backend.TritonError(refused.line, code)
-        self._sender.send(
-            self._backend.InferenceResponse(error=error),
-            flags=self._backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
-        )
+        self._drain()
+        final = self._backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        self._sender.send(failure(self._backend, refused), flags=final)
 
-    def _response(self, response: Any) -> Any:
-        values = {
-            "event": np.array([json.dumps(response.event).encode()], np.object_),
-            "video": np.array([response.video], np.object_),
-            "frames": response.frames,
-        }
-        tensors = [self._backend.Tensor(wire.name, values[wire.name]) for wire in OUTPUTS]
+    def _drain(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _pump(self) -> None:
+        while (response := self._queue.get()) is not None:
+            try:
+                self._sender.send(self._response(response))
+            except BaseException as error:
+                self._error = error
+                return
+
+    def _response(self, response: Response) -> Any:
+        values = {"event": _words(json.dumps(response.event).encode())}
+        if response.video is not None:
+            values["video"] = _words(response.video)
+        if response.frames is not None:
+            values["frames"] = response.frames
+        tensors = [self._backend.Tensor(name, array) for name, array in values.items()]
         return self._backend.InferenceResponse(output_tensors=tensors)
+
+
+def _words(text: bytes) -> Array:
+    return np.array([text], np.object_)
 
 
 def meter(backend: Any, model: str) -> Meter:

@@ -9,7 +9,7 @@ differ. A lane that is alone never waits. With others of its shape it waits for 
 is over; whoever is there then goes. There is one pass at a time.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Condition
@@ -55,15 +55,21 @@ class _Call:
 class Batcher:
     """One session for many lanes. Thread-safe; the session is called by one thread at a time."""
 
-    def __init__(self, session: Session, entry: StageEntry, limits: Limits) -> None:
-        self._session, self._limits = session, limits
+    def __init__(
+        self,
+        session: Session,
+        entry: StageEntry,
+        limits: Limits,
+        heard: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """`heard` is told how many requests shared a pass, after each."""
+        self._session, self._limits, self._heard = session, limits, heard
         self._inputs = {t.name: t.axes.index(BATCH) for t in entry.inputs if BATCH in t.axes}
         self._outputs = {t.name: _axis(t) for t in entry.outputs}
         self._turn = Condition()
         self._waiting: list[_Call] = []
         self._lanes: dict[int, Key | None] = {}
         self._running = False
-        self.passes = self.rows = 0
 
     @contextmanager
     def lane(self) -> Iterator["Lane"]:
@@ -140,9 +146,8 @@ class Batcher:
             for call, result in zip(calls, results, strict=False):
                 call.result = result
             self._running = False
-            self.passes += 1
-            self.rows += sum(call.rows for call in calls)
             self._turn.notify_all()
+        self._heard(len(calls))
 
     def _pass(self, calls: list[_Call]) -> list[dict[str, Array]]:
         if len(calls) == 1:

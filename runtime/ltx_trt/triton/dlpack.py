@@ -49,9 +49,11 @@ _lent: dict[int, tuple[Any, ...]] = {}
 """What a reader of our memory still has, by the address of its description."""
 
 
-@_Deleter
-def _give_back(address: int) -> None:
+def _forget(address: int) -> None:
     _lent.pop(address, None)
+
+
+_give_back = _Deleter(_forget)
 
 
 class Lender:
@@ -63,7 +65,7 @@ class Lender:
     def __dlpack_device__(self) -> tuple[int, int]:
         return CPU, 0
 
-    def __dlpack__(self, stream: Any = None) -> Any:  # noqa: ARG002 - the protocol's
+    def __dlpack__(self, stream: Any = None) -> Any:
         words = self._words
         shape = (ctypes.c_int64 * words.ndim)(*words.shape)
         managed = _Managed(

@@ -22,8 +22,9 @@ from ltx_trt.triton.batching import Batcher, Limits
 class SharedStages:
     """All stages stay open; `open_session` gives a session that threads may call together."""
 
-    def __init__(self, stages: Stages, limits: Limits) -> None:
-        self._stages, self._limits = stages, limits
+    def __init__(self, stages: Stages, limits: Limits, heard: Callable[[int], None]) -> None:
+        """`heard`: see Batcher."""
+        self._stages, self._limits, self._heard = stages, limits, heard
         self._held = ExitStack()
         self._open: dict[str, Session] = {}
         self._batcher: Batcher | None = None
@@ -60,7 +61,7 @@ class SharedStages:
                 self._open[stage] = held.enter_context(self._stages(stage))
             self._held = held.pop_all()
         entry = self.bundle.stage(TRANSFORMER)
-        self._batcher = Batcher(self._open[TRANSFORMER], entry, self._limits)
+        self._batcher = Batcher(self._open[TRANSFORMER], entry, self._limits, self._heard)
         return self
 
     def __exit__(

@@ -7,7 +7,6 @@ whole story goes to the server's log.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from ltx_engines.triton_settings import Settings
 from ltx_trt import SEED, media
 from ltx_trt.pipeline import Planned, choose_shape, plan
 from ltx_trt.request import Request, Wishes, resolve
+from ltx_trt.triton.responses import Refused, Status
 
 Array = NDArray[Any]
 
@@ -27,23 +27,6 @@ TEXTS = tuple(wire.name for wire in INPUTS if wire.dtype == "BYTES")
 
 PATH = re.compile(r"(?<![\w.<])(?:[A-Za-z]:\\|~?/(?=\w))[^\s,;:'\")]*")
 """What may be one: absolute, after a blank or a quote."""
-
-
-class Status(StrEnum):
-    """Of a request that ends without a clip, by the names that gRPC has for it."""
-
-    invalid = "INVALID_ARG"
-    unavailable = "UNAVAILABLE"
-    internal = "INTERNAL"
-    cancelled = "CANCELLED"
-
-
-class Refused(Exception):
-    """A request ends here, with one line for its client."""
-
-    def __init__(self, status: Status, line: str) -> None:
-        super().__init__(line)
-        self.status, self.line = status, line
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +57,9 @@ def read(
                 f"unknown parameter {name!r}{nearest(name, known)}; inputs are {', '.join(known)}",
             )
     try:
-        return _order({name: _value(name, array) for name, array in inputs.items()}, bundle, settings)
+        return _order(
+            {name: _value(name, array) for name, array in inputs.items()}, bundle, settings
+        )
     except UserError as error:
         raise Refused(Status.invalid, without_paths(error)) from error
 

@@ -6,17 +6,16 @@ Triton's words. A request is a thread of the one process that has the weights.
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from threading import BoundedSemaphore, Thread
 from time import perf_counter
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from ltx_engines.errors import UserError
+from ltx_engines.stages import BRANCHES
 from ltx_engines.triton_settings import Settings, read
 from ltx_ref.checkpoint import CheckpointError
 from ltx_trt import media
@@ -30,39 +29,21 @@ from ltx_trt.pipeline import (
     StepDone,
     generate,
 )
-from ltx_trt.session.bundle_stages import OnnxRuntimeStages, Stages
+from ltx_trt.session.bundle_stages import OnnxRuntimeStages
 from ltx_trt.session.choice import open_stages
 from ltx_trt.triton import backend_words as words
 from ltx_trt.triton import requests
 from ltx_trt.triton.batching import Limits
+from ltx_trt.triton.called_stages import Call, CalledStages
 from ltx_trt.triton.kept_stages import ExclusiveStages, SharedStages, Studio
 from ltx_trt.triton.metrics import Meter
-from ltx_trt.triton.requests import Array, Order, Refused, Status
-
-BRANCHES = 3
-"""Rows of the transformer's batch that one request has at most."""
+from ltx_trt.triton.requests import Array, Order
+from ltx_trt.triton.responses import Client, Refused, Response, Status
 
 GONE = "cancelled by the client"
 FAILED = "the server failed at this request; its log says why"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Response:
-    """`video` and `frames` are in the last one, of which there is one."""
-
-    event: dict[str, Any]
-    video: bytes = b""
-    frames: media.Frames = field(default_factory=lambda: np.zeros((0, 0, 0, 3), np.uint8))
-
-
-class Client(Protocol):
-    """Whoever asked: gets responses, and may have gone."""
-
-    def send(self, response: Response) -> None: ...
-
-    def gone(self) -> bool: ...
 
 
 def answer(order: Order, studio: Studio, client: Client, meter: Meter) -> None:
@@ -71,8 +52,8 @@ def answer(order: Order, studio: Studio, client: Client, meter: Meter) -> None:
     Raises:
         Refused: the client has gone, or the clip cannot be made.
     """
-    for note in order.notes:
-        client.send(Response({"event": "note", "text": note}))
+    steps = len(order.planned.batches)
+    client.send(Response({"event": "planned", "steps": steps, "notes": order.notes}))
     try:
         events = list(_followed(order, studio, client, meter))
     except (UserError, CheckpointError) as error:
@@ -80,15 +61,14 @@ def answer(order: Order, studio: Studio, client: Client, meter: Meter) -> None:
         raise Refused(Status.internal, requests.without_paths(error)) from error
     frames = next(event for event in events if isinstance(event, Decoded)).frames
     started = perf_counter()
-    video = media.video_bytes(frames, order.request.frame_rate) if order.form == "mp4" else b""
+    video = media.video_bytes(frames, order.request.frame_rate) if order.form == "mp4" else None
     seconds = {**seconds_by_stage(events), "write": perf_counter() - started}
-    memory = studio.device_memory
-    report = Report.of(order.request, frames, order.form, order.planned.sigmas, seconds, memory)
+    report = Report.of(
+        order.request, frames, "", order.planned.sigmas, seconds, studio.device_memory
+    )
     done = {"event": "done", **asdict(report)}
-    if order.form == "mp4":
-        client.send(Response(done, video=video))
-    else:
-        client.send(Response(done, frames=frames))
+    del done["output"]  # a file of the client's
+    client.send(Response(done, video, frames if video is None else None))
 
 
 def _followed(order: Order, studio: Studio, client: Client, meter: Meter) -> Iterator[Event]:
@@ -118,26 +98,22 @@ def _told(event: Event) -> Iterator[dict[str, Any]]:
     elif isinstance(event, StepDone):
         yield {"event": "step", **asdict(event)}
     elif isinstance(event, PromptEncoded):
-        yield from ({"event": "note", "text": note} for note in event.notes)
+        yield {"event": "prompt", "tokens": event.tokens, "notes": event.notes}
 
 
-def open_studio(bundle: Path, settings: Settings, call: Callable[..., Any] | None = None) -> Studio:
+def open_studio(bundle: Path, settings: Settings, call: Call, meter: Meter) -> Studio:
     """The stages of a bundle in the layout of the settings; `call` asks another model.
 
     Raises:
         UserError: no bundle, or it cannot be run here.
     """
-    limits = Limits(settings.batch_delay, settings.at_once * BRANCHES)
+    limits = Limits(settings.batch_delay, settings.at_once * len(BRANCHES))
     if settings.layout == "stages":
-        from ltx_trt.triton.called_stages import CalledStages
-
-        if call is None:
-            raise ValueError("stages of other models need a way to call them")
-        return SharedStages(CalledStages(bundle, call), limits)
+        return SharedStages(CalledStages(bundle, call), limits, meter.shared)
     choice = Choice(Backend(settings.backend), settings.threads, Keep.fitting)
-    stages: Stages = open_stages(bundle, choice)
+    stages = open_stages(bundle, choice)
     if isinstance(stages, OnnxRuntimeStages):
-        return SharedStages(stages, limits)
+        return SharedStages(stages, limits, meter.shared)
     return ExclusiveStages(stages)
 
 
@@ -152,7 +128,7 @@ class TritonPythonModel:
         self._backend, self._settings = backend, read(words.parameters(config))
         folder = Path(args["model_repository"]) / args["model_version"] / self._settings.bundle
         self._meter = words.meter(backend, args["model_name"])
-        studio = open_studio(folder, self._settings, words.caller(backend))
+        studio = open_studio(folder, self._settings, words.caller(backend), self._meter)
         self._studio = studio.__enter__()
         # Whatever is beyond these places stays in Triton's own queue, where it can time out.
         self._places = BoundedSemaphore(self._settings.at_once)
@@ -165,8 +141,9 @@ class TritonPythonModel:
             # now: the server takes a request's memory back when this returns
             inputs, names = words.inputs(request), words.names(request)
             arrived = perf_counter()
-            with self._meter.waiting():
-                self._places.acquire()
+            if not self._places.acquire(blocking=False):
+                with self._meter.waiting():
+                    self._places.acquire()
             self._meter.queued(perf_counter() - arrived)
             self._threads = {thread for thread in self._threads if thread.is_alive()}
             thread = Thread(target=self._answer, args=(client, inputs, names), daemon=True)
@@ -180,21 +157,37 @@ class TritonPythonModel:
 
     def _answer(self, client: words.Sender, inputs: dict[str, Array], names: list[str]) -> None:
         """Whatever happens, the client hears of it, and the place is free again."""
-        outcome = "failed"
         try:
             with self._meter.running():
-                if client.gone():
-                    raise Refused(Status.cancelled, GONE)
-                order = requests.read(inputs, names, self._studio.bundle, self._settings)
-                answer(order, self._studio, client, self._meter)
-            client.end()
-            outcome = "done"
-        except Refused as refused:
-            outcome = "cancelled" if refused.status is Status.cancelled else "failed"
-            client.fail(refused)
-        except BaseException:
-            client.fail(Refused(Status.internal, FAILED))
-            raise  # to the server's log, by the thread's hook
+                refused = self._make(client, inputs, names)
+            # before the client hears of the end: it may look at the figures then
+            self._meter.ended(_word(refused))
+            if refused is None:
+                client.end()
+            else:
+                client.fail(refused)
         finally:
             self._places.release()
-            self._meter.ended(outcome)
+
+    def _make(
+        self, client: words.Sender, inputs: dict[str, Array], names: list[str]
+    ) -> Refused | None:
+        """Why there is no clip, or None if the client has it."""
+        try:
+            if client.gone():
+                raise Refused(Status.cancelled, GONE)
+            order = requests.read(inputs, names, self._studio.bundle, self._settings)
+            answer(order, self._studio, client, self._meter)
+        except Refused as refused:
+            return refused
+        except Exception:  # a bug: its story is for the log, and others' requests go on
+            log.exception("a request failed")
+            return Refused(Status.internal, FAILED)
+        return None
+
+
+def _word(refused: Refused | None) -> str:
+    """Of the metrics."""
+    if refused is None:
+        return "done"
+    return "cancelled" if refused.status is Status.cancelled else "failed"

@@ -1,0 +1,78 @@
+"""Stages that are models of the same server: the pipeline calls them instead of opening them."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from ltx_engines.bundle import Bundle, StageEntry, open_bundle
+from ltx_engines.errors import UserError
+from ltx_trt.pipeline import Planned
+from ltx_trt.session import FLOATS, Array, Feeds, check_feeds
+from ltx_trt.session.memory import Watch
+from ltx_trt.session.sizes import outputs
+
+Call = Callable[[str, Mapping[str, tuple[Array, str]], Mapping[str, str]], dict[str, Array]]
+"""Of a model's name, its feeds with their element types, and the element types of its results."""
+
+
+class CalledStages:
+    """Implements Stages. The models have their weights, and say themselves what they take."""
+
+    def __init__(self, bundle: Path, call: Call) -> None:
+        self.bundle: Bundle = open_bundle(bundle)
+        self._call = call
+        self.watch: Watch | None = None
+
+    def prepare(self, _: Planned, /) -> tuple[str, ...]:
+        return ()
+
+    def __call__(self, stage: str) -> "CalledSession":
+        return CalledSession(stage, self.bundle.stage(stage), self._call)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+
+class CalledSession:
+    """Implements Session. What comes back is held against the table: nobody else does."""
+
+    def __init__(self, stage: str, entry: StageEntry, call: Call) -> None:
+        self._stage, self._entry, self._call = stage, entry, call
+
+    def __call__(self, feeds: Feeds) -> dict[str, Array]:
+        check_feeds(self._stage, self._entry, feeds)
+        dtypes = {tensor.name: tensor.dtype for tensor in self._entry.inputs}
+        typed = {name: (feed, dtypes[name]) for name, feed in feeds.items()}
+        wanted = {tensor.name: tensor.dtype for tensor in self._entry.outputs}
+        found = self._call(self._stage, typed, wanted)
+        self._check(found, feeds)
+        return found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+    def _check(self, found: Mapping[str, Array], feeds: Feeds) -> None:
+        shapes = outputs(self._entry, {name: feed.shape for name, feed in feeds.items()})
+        kinds = {t.name: "float32" if t.dtype in FLOATS else t.dtype for t in self._entry.outputs}
+        wanted = {name: (shape, np.dtype(kinds[name])) for name, shape in shapes.items()}
+        if (given := {name: (array.shape, array.dtype) for name, array in found.items()}) != wanted:
+            raise UserError(f"model {self._stage} answers {given}, the bundle says {wanted}")

@@ -1,0 +1,141 @@
+"""The video model on a real Triton server, in both layouts: the clips of `ltx-trt run`."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from typing import Any
+
+import pytest
+
+from tests.triton.conftest import RunAlone
+from tests.triton.server import Server
+from tests.triton.stream import PROMPTS, Heard, ask
+
+pytest.importorskip("tritonclient.grpc")
+
+CLIP: dict[str, Any] = {"prompt": PROMPTS[0], "seed": 7, "num_inference_steps": 6}
+
+
+def test_a_seed_gives_the_video_of_the_command_line_byte_for_byte(
+    running: Server, run_alone: RunAlone
+) -> None:
+    heard = ask(running.grpc, **CLIP)
+    video, report = run_alone(**CLIP)
+    assert heard.report["sha256"] == report["sha256"]
+    assert heard.video == video
+    told = {name: heard.report[name] for name in ("seed", "frames", "width", "height", "sigmas")}
+    assert told == {name: report[name] for name in told}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"width": 96, "height": 64, "num_frames": 9},
+        {"width": 70, "height": 50, "num_frames": 10, "frame_rate": 29.97},
+        {"stg_scale": 1.0, "guidance_scale": 2.5, "negative_prompt": "blue"},
+        {"guidance_scale": 1.0},
+    ],
+)
+def test_every_input_means_what_its_option_means(
+    running: Server, run_alone: RunAlone, options: dict[str, Any]
+) -> None:
+    wishes = {**CLIP, "num_inference_steps": 3, **options}
+    assert ask(running.grpc, **wishes).video == run_alone(**wishes)[0]
+
+
+def test_frames_are_those_of_the_report(running: Server, run_alone: RunAlone) -> None:
+    heard = ask(running.grpc, format="frames", **CLIP)
+    assert (heard.frames.dtype, heard.frames.shape) == ("uint8", (25, 128, 128, 3))
+    assert heard.video == b""
+    assert sha256(heard.frames.tobytes()).hexdigest() == run_alone(**CLIP)[1]["sha256"]
+
+
+def test_progress_comes_once_for_each_step_in_order(running: Server) -> None:
+    heard = ask(running.grpc, **{**CLIP, "num_inference_steps": 12})
+    assert heard.steps == list(range(1, 13))
+    kinds = [event["event"] for event in heard.events if event["event"] != "step"]
+    assert kinds == ["planned", "stage", "prompt", "stage", "stage", "done"]
+    stages = [event["stage"] for event in heard.events if event["event"] == "stage"]
+    assert stages == ["text_encoder", "transformer", "vae_decoder"]
+    first = next(i for i, event in enumerate(heard.events) if event["event"] == "step")
+    assert heard.times[first] < heard.times[-1], "progress must not wait for the clip"
+
+
+def test_a_cancelled_request_stops_within_one_step(running: Server) -> None:
+    """Steps that take longer than the news of the end: the one under way is the last."""
+    before = running.figures()
+    slow = {**CLIP, "num_inference_steps": 200, "width": 512, "height": 512}
+    heard = ask(running.grpc, cancel_at=2, **slow)
+    told = heard.steps[-1]
+    wait_for(running, "ltx_requests_cancelled_total", before, 1)
+    after = running.figures()
+    made = difference("ltx_step_seconds_count", before, after)
+    assert made <= told + 1, f"{made:g} steps were made, cancelled after {told}"
+    assert after[series(after, "ltx_requests_running")] == 0
+    assert ask(running.grpc, **CLIP).video
+
+
+def test_eight_at_once_are_each_as_if_alone(running: Server, run_alone: RunAlone) -> None:
+    wishes = [{**CLIP, "prompt": PROMPTS[i % 4], "seed": i} for i in range(8)]
+    before = running.figures()
+    with ThreadPoolExecutor(8) as pool:
+        heard = list(pool.map(lambda wish: ask(running.grpc, **wish), wishes))
+    for wish, found in zip(wishes, heard, strict=True):
+        video, report = run_alone(**wish)
+        assert found.report["sha256"] == report["sha256"], wish
+        assert found.video == video
+        assert found.steps == list(range(1, 7))
+    after = running.figures()
+    shared = difference("ltx_pass_requests_sum", before, after)
+    passes = difference("ltx_pass_requests_count", before, after)
+    assert shared == 8 * 6
+    assert passes < shared / 1.5, f"{passes:g} passes for {shared:g} steps: nothing was shared"
+
+
+def test_requests_of_other_shapes_do_not_meet(running: Server, run_alone: RunAlone) -> None:
+    sizes = [{"width": 96}, {"width": 64}, {"num_frames": 9}, {}]
+    wishes = [{**CLIP, "num_inference_steps": 3, **size} for size in sizes]
+    with ThreadPoolExecutor(4) as pool:
+        heard = list(pool.map(lambda wish: ask(running.grpc, **wish), wishes))
+    for wish, found in zip(wishes, heard, strict=True):
+        assert found.video == run_alone(**wish)[0], wish
+
+
+def test_an_error_is_of_its_request_alone(running: Server, run_alone: RunAlone) -> None:
+    wishes: list[dict[str, Any]] = [CLIP, {**CLIP, "num_frames": 0}, {**CLIP, "prompt": " "}]
+    with ThreadPoolExecutor(3) as pool:
+        good, *bad = pool.map(lambda wish: ask(running.grpc, **wish), wishes)
+    assert good.video == run_alone(**CLIP)[0]
+    for heard in bad:
+        assert heard.status == "StatusCode.INVALID_ARGUMENT"
+        check_line(heard)
+
+
+def test_a_lone_request_has_its_passes_to_itself(running: Server) -> None:
+    before = running.figures()
+    ask(running.grpc, **CLIP)
+    after = running.figures()
+    assert difference("ltx_pass_requests_sum", before, after) == 6
+    assert difference("ltx_pass_requests_count", before, after) == 6
+
+
+def check_line(heard: Heard) -> None:
+    assert heard.message
+    assert "\n" not in heard.message
+    assert "Traceback" not in heard.message
+    assert "/" not in heard.message.replace("-/", ""), heard.message
+
+
+def series(figures: dict[str, float], name: str) -> str:
+    return f'{name}{{model="ltx_video"}}'
+
+
+def difference(name: str, before: dict[str, float], after: dict[str, float]) -> float:
+    return after[series(after, name)] - before[series(before, name)]
+
+
+def wait_for(running: Server, name: str, before: dict[str, float], more: float) -> None:
+    deadline = time.monotonic() + 20
+    while difference(name, before, running.figures()) < more:
+        assert time.monotonic() < deadline, f"{name} did not grow by {more}"
+        time.sleep(0.02)
