@@ -34,7 +34,7 @@ def client(url: str, output: Path, *more: object) -> int:
 
 
 def clip(wishes: dict[str, Any], context: Any) -> Iterator[Any]:
-    yield said({"event": "note", "text": "a note of the server"})
+    yield said({"event": "planned", "steps": 2, "notes": ["a note of the server"]})
     yield said({"event": "stage", "stage": "transformer", "seconds": 0.1})
     yield from (step(1), step(2))
     yield done(VIDEO, seed=wishes["seed"])

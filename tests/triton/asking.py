@@ -3,7 +3,7 @@
 import json
 import struct
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,13 @@ class Question:
     model: str = "ltx_video"
 
 
-def ask(address: str, question: Question, timeout: float = 60) -> Outcome:
+def ask(
+    address: str,
+    question: Question,
+    timeout: float = 60,
+    hear: Callable[[dict[str, Any]], object] = bool,
+) -> Outcome:
+    """`hear` is told each event when it comes."""
     outcome, start = Outcome(), time.perf_counter()
     options = [("grpc.max_receive_message_length", -1)]
     with grpc.insecure_channel(address, options) as channel:
@@ -62,6 +68,8 @@ def ask(address: str, question: Question, timeout: float = 60) -> Outcome:
         try:
             for response in stream:
                 _hear(outcome, response)
+                if outcome.events:
+                    hear(outcome.events[-1])
                 if len(outcome.events) == question.leave_after:
                     stream.cancel()
         except grpc.RpcError as error:

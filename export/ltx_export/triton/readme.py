@@ -163,10 +163,10 @@ Decoupled: one request, many responses, over a gRPC stream (over HTTP:
 |---|---|---|
 {_rows(OUTPUTS)}
 
-`event` is JSON: `stage`; `step` with `index` and `total`; `note`; in the last response `done`
-with the report. There `video` is an MP4, or `frames` the pixels if `format` is "frames". The same
-seed gives the same bytes. A client that goes away, or cancels, ends its request before the next
-step.
+`event` is JSON: `planned` with `steps`, `stage`, `prompt`, `step` with `index` and `total`; in the
+last response `done` with the report. There `video` is an MP4, or `frames` the pixels if `format` is
+"frames". The same seed gives the same bytes. A client that goes away, or cancels, ends its request
+before the next step.
 """
 
 

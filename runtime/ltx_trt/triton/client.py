@@ -237,9 +237,8 @@ def _watched(call: Call, voice: Voice) -> Answer:
         task = progress.add_task("waiting", total=None)
         for answer in answers:
             event, last = answer.event, answer
-            if event["event"] == "note":
-                voice.say(event["text"])
-            elif event["event"] == "stage":
+            voice.say(*event.get("notes", ()))
+            if event["event"] == "stage":
                 progress.update(task, description=event["stage"])
             elif event["event"] == "step":
                 progress.update(task, total=event["total"], completed=event["index"])
