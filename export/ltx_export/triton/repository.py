@@ -22,6 +22,7 @@ from uuid import uuid4
 from ltx_engines.bundle import MANIFEST, Bundle, open_bundle
 from ltx_engines.errors import UserError
 from ltx_engines.triton_model import VIDEO
+from ltx_engines.triton_plans import plans
 from ltx_engines.triton_settings import Settings
 from ltx_export.triton import config, tensorrt
 
@@ -79,10 +80,9 @@ def _models(bundle: Bundle, folder: Path, order: Order) -> Iterator[str]:
 
 
 def _stage(bundle: Bundle, folder: Path, stage: str, order: Order) -> None:
-    plans = tensorrt.plans(bundle.manifest, stage)
-    if plans:
-        _model(folder / stage, tensorrt.config_of(stage, plans))
-        for name, plan in plans.items():
+    if found := plans(bundle.manifest, stage):
+        _model(folder / stage, tensorrt.config_of(stage, found))
+        for name, plan in found.items():
             _link(bundle.path / plan.file, folder / stage / "1" / name)
         return
     entry = bundle.stage(stage)

@@ -1,38 +1,20 @@
-"""Stages that Triton's own TensorRT backend runs: configurations from the profiles of the engines.
+"""Stages that Triton's own TensorRT backend runs: configurations from the profiles of the engines."""
 
-Only what that backend can load: one engine for a stage, built by TensorRT, its weights inside.
-Everything else is run by our Python backend.
-"""
-
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ltx_engines.cache_key import Profile
-from ltx_engines.engine_entry import EngineEntry, TensorEntry, stale
-from ltx_engines.manifest import Manifest
+from ltx_engines.engine_entry import EngineEntry, TensorEntry
 from ltx_engines.triton_model import ELEMENT_TYPES
+from ltx_engines.triton_plans import PLAN, Plans
 from ltx_export.triton import config
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 PLATFORM = "tensorrt_plan"
-PLAN = "model.plan"
 
 SLOT = "GPU_SLOT"
 """The rate limiter's resource: with `--rate-limit=execution_count`, stages of one GPU take turns."""
-
-Plans = Mapping[str, EngineEntry]
-"""By file name: the first is for every GPU that no other is for."""
-
-
-def plans(manifest: Manifest, stage: str) -> dict[str, EngineEntry]:
-    """The engines of a stage that Triton's backend loads; none if there are others beside them."""
-    ours = [e for e in manifest.engines if e.key.stage == stage and not stale(manifest, e)]
-    if not ours or any(not _loadable(engine) for engine in ours):
-        return {}
-    names = [PLAN, *(f"sm{engine.key.targets[0]}.plan" for engine in ours[1:])]
-    return dict(zip(names, ours, strict=True))
 
 
 def config_of(stage: str, plans: Plans) -> "ModelConfig":
@@ -54,12 +36,6 @@ def config_of(stage: str, plans: Plans) -> "ModelConfig":
         _graph(made, first, profile)
         _warm_up(made, first, profile, number)
     return made
-
-
-def _loadable(engine: EngineEntry) -> bool:
-    key = engine.key
-    whole = key.part is None or key.part.of == 1
-    return key.flavour == "tensorrt" and whole and engine.weights == "embedded"
 
 
 def _graph(made: "ModelConfig", engine: EngineEntry, profile: Profile) -> None:

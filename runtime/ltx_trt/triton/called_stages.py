@@ -9,6 +9,7 @@ import numpy as np
 
 from ltx_engines.bundle import Bundle, StageEntry, open_bundle
 from ltx_engines.errors import UserError
+from ltx_engines.triton_plans import plans
 from ltx_trt.pipeline import Planned
 from ltx_trt.session import FLOATS, Array, Feeds, check_feeds
 from ltx_trt.session.memory import Watch
@@ -30,7 +31,10 @@ class CalledStages:
         return ()
 
     def __call__(self, stage: str) -> "CalledSession":
-        return CalledSession(stage, self.bundle.stage(stage), self._call)
+        entry = self.bundle.stage(stage)
+        for plan in plans(self.bundle.manifest, stage).values():  # all have the same edges
+            entry = entry.model_copy(update={"inputs": plan.inputs, "outputs": plan.outputs})
+        return CalledSession(stage, entry, self._call)
 
     def __enter__(self) -> Self:
         return self

@@ -42,7 +42,7 @@ class Meter:
         for metric in METRICS:  # so that they are there, with 0, before the first request
             if not metric.labels:
                 for series in _series(metric):
-                    self._add(series, 0.0)
+                    self._add({(series,): 0.0})
         self.flush()
 
     def step(self, seconds: float) -> None:
@@ -60,25 +60,25 @@ class Meter:
 
     def ended(self, how: str) -> None:
         """done, cancelled or failed."""
-        self._add(f"ltx_requests_{how}_total", 1.0)
+        self._add({(f"ltx_requests_{how}_total",): 1.0})
         self.flush()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        self._add("ltx_requests_running", 1.0)
+        self._add({("ltx_requests_running",): 1.0})
         try:
             yield
         finally:
-            self._add("ltx_requests_running", -1.0)
+            self._add({("ltx_requests_running",): -1.0})
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        self._add("ltx_requests_waiting", 1.0)
+        self._add({("ltx_requests_waiting",): 1.0})
         self.flush()
         try:
             yield
         finally:
-            self._add("ltx_requests_waiting", -1.0)
+            self._add({("ltx_requests_waiting",): -1.0})
             self.flush()
 
     def flush(self) -> None:
@@ -90,12 +90,12 @@ class Meter:
 
     def _observe(self, name: str, value: float, *labels: str) -> None:
         total, count = _series(self._rows[name])
-        self._add(total, value, *labels)
-        self._add(count, 1.0, *labels)
+        self._add({(total, *labels): value, (count, *labels): 1.0})
 
-    def _add(self, name: str, value: float, *labels: str) -> None:
+    def _add(self, values: Mapping[tuple[str, ...], float]) -> None:
         with self._lock:
-            self._sums[name, *labels] = self._sums.get((name, *labels), 0.0) + value
+            for key, value in values.items():
+                self._sums[key] = self._sums.get(key, 0.0) + value
             late = self._clock() - self._flushed > FLUSH
         if late:
             self.flush()

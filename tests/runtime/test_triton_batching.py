@@ -1,0 +1,196 @@
+"""Lanes of one shape share passes, get their own rows back, and wait for nobody when alone."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ltx_engines.bundle import StageEntry, tensor_entries
+from ltx_engines.stages import Stage, Tensor
+from ltx_trt.triton.batching import Batcher, Limits
+
+STAGE = Stage(
+    "transformer",
+    inputs=(
+        Tensor("latents", "float32", ("batch", "tokens", 2)),
+        Tensor("mask", "float32", (3, "batch")),
+    ),
+    outputs=(Tensor("velocity", "float32", ("batch", "tokens", 2)),),
+)
+ENTRY = StageEntry(
+    file="transformer.onnx",
+    inputs=tensor_entries(STAGE.inputs, "float32"),
+    outputs=tensor_entries(STAGE.outputs, "float32"),
+)
+
+
+class Doubler:
+    """velocity = 2 latents + the sum of the row's mask; notes the rows of each pass."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.rows: list[int] = []
+        self.seconds = seconds
+        self.inside = 0
+        self.most_inside = 0
+        self.error: Exception | None = None
+
+    def __call__(self, feeds: Any) -> dict[str, Any]:
+        self.inside += 1
+        self.most_inside = max(self.most_inside, self.inside)
+        time.sleep(self.seconds)
+        self.rows.append(len(feeds["latents"]))
+        self.inside -= 1
+        if self.error is not None:
+            raise self.error
+        return {"velocity": 2 * feeds["latents"] + feeds["mask"].sum(0)[:, None, None]}
+
+    def __enter__(self) -> "Doubler":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def feeds(value: float, rows: int = 2, tokens: int = 5) -> dict[str, Any]:
+    """Each row has a mask of its own, along another axis than the latents' rows."""
+    masks = np.arange(3 * rows, dtype=np.float32).reshape(3, rows)
+    return {"latents": np.full((rows, tokens, 2), value, np.float32), "mask": masks + value}
+
+
+def expected(given: dict[str, Any]) -> Any:
+    return 2 * given["latents"] + given["mask"].sum(0)[:, None, None]
+
+
+@pytest.fixture
+def session() -> Doubler:
+    return Doubler(seconds=0.002)
+
+
+def together(batcher: Batcher, given: list[list[dict[str, Any]]]) -> list[list[Any]]:
+    """A thread for each lane, which calls once for each of its feeds."""
+    begin = threading.Barrier(len(given))
+
+    def run(calls: list[dict[str, Any]]) -> list[Any]:
+        with batcher.lane() as lane:
+            begin.wait()
+            return [lane(call)["velocity"] for call in calls]
+
+    with ThreadPoolExecutor(len(given)) as pool:
+        return list(pool.map(run, given))
+
+
+def test_lanes_of_one_shape_share_passes_and_get_their_own_rows(session: Doubler) -> None:
+    batcher = Batcher(session, ENTRY, Limits(delay=0.5, rows=100))
+    given = [[feeds(10 * lane + step, rows=1 + lane % 3) for step in range(4)] for lane in range(6)]
+    for calls, made in zip(given, together(batcher, given), strict=True):
+        for call, velocity in zip(calls, made, strict=True):
+            np.testing.assert_array_equal(velocity, expected(call))
+    assert sum(session.rows) == 4 * (1 + 2 + 3) * 2
+    assert len(session.rows) < 24
+    assert session.most_inside == 1
+
+
+def test_a_lone_lane_never_waits(session: Doubler) -> None:
+    batcher = Batcher(session, ENTRY, Limits(delay=30.0, rows=100))
+    started = time.monotonic()
+    with batcher.lane() as lane:
+        for _ in range(5):
+            lane(feeds(1.0))
+    assert time.monotonic() - started < 5
+    assert session.rows == [2] * 5
+
+
+def test_lanes_of_another_shape_are_not_waited_for(session: Doubler) -> None:
+    batcher = Batcher(session, ENTRY, Limits(delay=30.0, rows=100))
+    started = time.monotonic()
+    made = together(batcher, [[feeds(1.0, tokens=3)] * 3, [feeds(2.0, tokens=4)] * 3])
+    assert time.monotonic() - started < 5
+    assert [part.shape for parts in made for part in parts] == [(2, 3, 2)] * 3 + [(2, 4, 2)] * 3
+    assert session.rows == [2] * 6
+
+
+def test_who_is_late_is_not_waited_for_beyond_the_delay(session: Doubler) -> None:
+    batcher = Batcher(session, ENTRY, Limits(delay=0.05, rows=100))
+    with batcher.lane() as first, batcher.lane() as second:
+        second(feeds(1.0))  # it has a shape now, and computes something else
+        started = time.monotonic()
+        first(feeds(1.0))
+        waited = time.monotonic() - started
+    assert 0.04 < waited < 5
+
+
+def test_a_lane_that_ends_is_no_longer_waited_for(session: Doubler) -> None:
+    batcher = Batcher(session, ENTRY, Limits(delay=30.0, rows=100))
+    held = ExitStack()
+    leaver = held.enter_context(batcher.lane())
+    leaver(feeds(1.0))
+    with batcher.lane() as stayer, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(stayer, feeds(2.0))
+        time.sleep(0.05)
+        assert not waiting.done()
+        held.close()
+        np.testing.assert_array_equal(waiting.result(5)["velocity"], expected(feeds(2.0)))
+
+
+def test_no_pass_has_more_rows_than_the_limit(session: Doubler) -> None:
+    batcher = Batcher(session, ENTRY, Limits(delay=0.5, rows=5))
+    given = [[feeds(lane)] * 3 for lane in range(6)]
+    for calls, made in zip(given, together(batcher, given), strict=True):
+        for call, velocity in zip(calls, made, strict=True):
+            np.testing.assert_array_equal(velocity, expected(call))
+    assert max(session.rows) <= 5
+
+
+def test_one_lanes_own_rows_always_go(session: Doubler) -> None:
+    batcher = Batcher(session, ENTRY, Limits(delay=0.0, rows=1))
+    with batcher.lane() as lane:
+        assert len(lane(feeds(1.0, rows=3))["velocity"]) == 3
+
+
+def test_an_error_reaches_every_lane_of_the_pass_and_the_next_pass_goes_on(
+    session: Doubler,
+) -> None:
+    batcher = Batcher(session, ENTRY, Limits(delay=0.5, rows=100))
+    session.error = RuntimeError("no memory")
+
+    def run(_: int) -> str:
+        with batcher.lane() as lane:
+            try:
+                lane(feeds(1.0))
+            except RuntimeError as error:
+                return str(error)
+            return "none"
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(run, range(3))) == ["no memory"] * 3
+    session.error = None
+    assert run(0) == "none"
+
+
+def test_whoever_listens_hears_how_many_shared_each_pass(session: Doubler) -> None:
+    heard: list[int] = []
+    batcher = Batcher(session, ENTRY, Limits(delay=0.5, rows=100), heard.append)
+    together(batcher, [[feeds(1.0)] * 4] * 3)
+    assert sum(heard) == 12
+    assert max(heard) > 1
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.001])
+def test_many_lanes_of_many_shapes_come_and_go(delay: float, session: Doubler) -> None:
+    session.seconds = 0.0
+    batcher = Batcher(session, ENTRY, Limits(delay=delay, rows=7))
+    generator = np.random.default_rng(0)
+    given = [
+        [
+            feeds(float(lane), rows=int(r), tokens=int(t))
+            for r, t in generator.integers(1, 4, (9, 2))
+        ]
+        for lane in range(8)
+    ]
+    for calls, made in zip(given, together(batcher, given), strict=True):
+        for call, velocity in zip(calls, made, strict=True):
+            np.testing.assert_array_equal(velocity, expected(call))
