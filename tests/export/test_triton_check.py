@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def repo(written: Path, tmp_path: Path) -> Iterator[Path]:
+def repo(written: Path, tmp_path: Path) -> Path:
     """A copy that a test may spoil; the bundle's files are links."""
 
     def copy(source: str, target: str) -> None:
@@ -169,6 +169,10 @@ def _dtype(config: Any) -> None:
     config.input[0].data_type = config.input[0].data_type + 1
 
 
+def _plan(config: Any) -> None:
+    config.backend, config.platform = "tensorrt", "tensorrt_plan"
+
+
 def _reorder(config: Any) -> None:
     config.instance_group[0].kind = config.instance_group[0].KIND_CPU
     config.instance_group[0].gpus.append(0)
@@ -243,7 +247,7 @@ CONFIGS: dict[str, tuple[str, Edit, str]] = {
     ),
     "a plan that is not there": (
         "transformer",
-        lambda c: (setattr(c, "backend", "tensorrt"), setattr(c, "platform", "tensorrt_plan")),
+        _plan,
         "1/model.plan is missing",
     ),
     "a batch that is too large": (

@@ -141,7 +141,7 @@ def after_a_kill(next_one: Outcome, ready: bool, recovered: Outcome) -> Iterator
 
 
 def spoilt(
-    fault: str, source: Path, folder: Path, spoil: Callable[[Path], Callable[[], None]]
+    fault: str, source: Path, folder: Path, spoil: Callable[[Path], Callable[[], object]]
 ) -> Row:
     """`spoil` returns what mends it."""
     shutil.copytree(source, folder)
@@ -154,24 +154,24 @@ def spoilt(
         return Row(fault, seen, ready, after, put(again, Question(WISHES)))
 
 
-def change_a_byte(folder: Path) -> Callable[[], None]:
+def change_a_byte(folder: Path) -> Callable[[], object]:
     path = folder / "ltx_video/1/bundle/transformer.onnx"
     good = path.read_bytes()
     path.write_bytes(good[:5000] + bytes([good[5000] ^ 1]) + good[5001:])
-    return lambda: path.write_bytes(good) and None
+    return lambda: path.write_bytes(good)
 
 
-def take_a_stage_away(folder: Path) -> Callable[[], None]:
+def take_a_stage_away(folder: Path) -> Callable[[], object]:
     away = folder.with_name("away")
     (folder / "vae_decoder").rename(away)
-    return lambda: away.rename(folder / "vae_decoder") and None
+    return lambda: away.rename(folder / "vae_decoder")
 
 
-def break_a_stage(folder: Path) -> Callable[[], None]:
+def break_a_stage(folder: Path) -> Callable[[], object]:
     path = folder / "vae_decoder/1/model.py"
     good = path.read_text()
     path.write_text("raise RuntimeError('broken')\n")
-    return lambda: path.write_text(good) and None
+    return lambda: path.write_text(good)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterable
 
-from ltx_engines.triton_model import INPUTS, METRICS, OUTPUTS, VIDEO, Wire
+from ltx_engines.triton_model import INPUTS, METRICS, OUTPUTS, VIDEO, Metric, Wire
 from ltx_export import __version__
 from ltx_export.triton.operations import GIB, NAME, PORTS, ROOM, Service
 
@@ -131,7 +131,7 @@ in /dev/shm; in a container they go with it.
 
 def _metrics(_: Service) -> str:
     rows = "\n".join(
-        f"| `{metric.name}` | {metric.kind} | {', '.join(metric.labels) or '-'} | {metric.text} |"
+        f"| `{metric.name}` | {_kind(metric)} | {', '.join(metric.labels) or '-'} | {metric.text} |"
         for metric in METRICS
     )
     return f"""\
@@ -146,6 +146,11 @@ def _metrics(_: Service) -> str:
 The autoscaler in kubernetes.yaml reads `ltx_requests_waiting`, for which the cluster needs an
 adapter for Prometheus (`custom.metrics.k8s.io`); without one, delete that document.
 """
+
+
+def _kind(metric: Metric) -> str:
+    """Older servers have no histograms for Python models."""
+    return "counters `_sum` and `_count`" if metric.kind == "histogram" else metric.kind
 
 
 def _model(_: Service) -> str:
@@ -165,8 +170,9 @@ Decoupled: one request, many responses, over a gRPC stream (over HTTP:
 
 `event` is JSON: `planned` with `steps`, `stage`, `prompt`, `step` with `index` and `total`; in the
 last response `done` with the report. There `video` is an MP4, or `frames` the pixels if `format` is
-"frames". The same seed gives the same bytes. A client that goes away, or cancels, ends its request
-before the next step.
+"frames". A seed gives the same bytes as `ltx-trt run`; of requests that are computed together
+single pixels may round otherwise, by one level of 255. A client that goes away, or cancels, ends
+its request before the next step.
 """
 
 

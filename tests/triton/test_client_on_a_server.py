@@ -1,0 +1,113 @@
+"""`ltx-trt client`, the example and the metrics on a real Triton server."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tritonclient.grpc")
+
+from ltx_engines.triton_model import METRICS
+from ltx_trt import cli
+from tests.triton.conftest import RunAlone
+from tests.triton.server import Server
+
+PROMPT = "a red circle moves right on a blue background"
+CLIP = {"prompt": PROMPT, "seed": 7, "num_inference_steps": 3, "width": 64, "height": 64}
+
+
+@pytest.fixture(scope="module")
+def repository(write_repository: Callable[..., Path]) -> Path:
+    return write_repository("single")
+
+
+@pytest.fixture(scope="module")
+def single(repository: Path) -> Iterator[Server]:
+    with Server(repository) as server:
+        yield server
+
+
+def words(server: Server, output: Path, **options: object) -> list[str]:
+    url = f"grpc://127.0.0.1:{server.grpc}"
+    said = (f"--{name.replace('_', '-')}={value}" for name, value in options.items())
+    return ["client", "--url", url, "-o", str(output), *said]
+
+
+def counted(server: Server, name: str) -> float:
+    return sum(n for series, n in server.figures().items() if series.startswith(name))
+
+
+def test_the_client_writes_the_bytes_of_a_run(
+    single: Server, run_alone: RunAlone, tmp_path: Path
+) -> None:
+    assert cli.main(words(single, tmp_path / "out.mp4", **CLIP)) == 0
+    assert (tmp_path / "out.mp4").read_bytes() == run_alone(**CLIP)[0]
+
+
+def test_the_client_writes_pictures_too(single: Server, tmp_path: Path) -> None:
+    assert cli.main(words(single, tmp_path / "clip", **CLIP, num_frames=9)) == 0
+    assert len(list((tmp_path / "clip").glob("*.png"))) == 9
+
+
+def test_the_example_of_the_repository_writes_the_bytes_of_a_run(
+    single: Server, repository: Path, run_alone: RunAlone, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.mp4"
+    script = [sys.executable, str(repository / "client.py"), PROMPT, str(output)]
+    done = subprocess.run(
+        [*script, f"127.0.0.1:{single.grpc}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert output.read_bytes() == run_alone(prompt=PROMPT, seed=7)[0]
+    assert done.stdout.splitlines()[-1].startswith("{'event': 'done'")
+
+
+def test_ctrl_c_at_the_client_stops_the_server_within_a_step(
+    single: Server, tmp_path: Path
+) -> None:
+    before = counted(single, "ltx_requests_cancelled_total")
+    steps = counted(single, "ltx_step_seconds_count")
+    long = {**CLIP, "num_inference_steps": 200, "width": 128, "height": 128}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ltx_trt.cli", *words(single, tmp_path / "out.mp4", **long)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while counted(single, "ltx_step_seconds_count") < steps + 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert said == "ltx-trt: interrupted; nothing is half-written\n"
+    deadline = time.monotonic() + 5
+    while counted(single, "ltx_requests_cancelled_total") == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    stopped = counted(single, "ltx_step_seconds_count")
+    time.sleep(0.3)
+    assert counted(single, "ltx_step_seconds_count") == stopped < steps + 200
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_metric_of_the_table_is_there_and_no_other(single: Server, tmp_path: Path) -> None:
+    assert cli.main(words(single, tmp_path / "out.mp4", **CLIP)) == 0
+    with urllib.request.urlopen(f"http://127.0.0.1:{single.metrics}/metrics", timeout=5) as page:
+        lines = page.read().decode().splitlines()
+    kinds = {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE ltx_")}
+    wanted = {}
+    for metric in METRICS:
+        sums = (f"{metric.name}_sum", f"{metric.name}_count")
+        names = sums if metric.kind == "histogram" else (metric.name,)
+        wanted |= dict.fromkeys(names, "counter" if metric.kind == "histogram" else metric.kind)
+        for name in names:
+            series = [line for line in lines if line.startswith(f"{name}{{")]
+            assert series, name
+            assert all(f'{label}="' in line for label in metric.labels for line in series)
+    assert kinds == wanted
