@@ -21,12 +21,12 @@ def refusal(profiles: Sequence[Profile], wanted: Sizes) -> str:
     )
 
 
-def clips(chain: Chain) -> Iterator[str]:
+def clips(chain: Chain) -> Iterator[VideoShape]:
     """The largest of each profile, for a stage that has the latent grid."""
     for profile in chain[0].key.profiles if chain else ():
         if all(axis in profile for axis in GRID):
             frames, rows, columns = (profile[axis][2] for axis in GRID)
-            yield word(VideoShape(TIME * (frames - 1) + 1, SPACE * rows, SPACE * columns))
+            yield VideoShape(TIME * (frames - 1) + 1, SPACE * rows, SPACE * columns)
 
 
 def word(clip: VideoShape) -> str:

@@ -10,6 +10,7 @@ from ltx_engines.bundle import Bundle
 from ltx_engines.byte_sizes import said
 from ltx_engines.engine_entry import Chain
 from ltx_engines.errors import UserError
+from ltx_engines.shapes import VideoShape
 from ltx_engines.stages import SAMPLER_STEP
 from ltx_trt.backend import Choice, Keep
 from ltx_trt.pipeline import Planned
@@ -145,6 +146,10 @@ class EngineStages:
         with told("closing the GPU"):
             close_all((*steps, partial(self._device.close, error)), error)
 
+    def clips(self) -> tuple[VideoShape, ...]:
+        """The largest of each size that the decoder's engines were built for."""
+        return tuple(buckets.clips(self._chains.get(DECODER, ())))
+
     def alone(self, stage: str) -> Session:
         """A stage that is used without the others, for any clip that its engines take."""
         if stage not in self._chains:
@@ -230,7 +235,7 @@ class EngineStages:
     ) -> None:
         if not (lacks := buckets.refusal(chain[0].key.profiles, wanted)):
             return
-        clip, made = buckets.word(planned.shape), list(buckets.clips(self._chains.get(DECODER, ())))
+        clip, made = buckets.word(planned.shape), [buckets.word(made) for made in self.clips()]
         there = f" (it was built for {', '.join(made)})" if made else ""
         raise UserError(
             f"no engine of {stage} takes {clip} with {wanted['batch']} branches: the nearest takes "

@@ -5,18 +5,26 @@ passes by all requests of one shape. Engines have one stream and one loop on the
 never leave it: there a request has them for itself.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from threading import Lock
 from types import TracebackType
 from typing import Self
 
 from ltx_engines.bundle import Bundle
-from ltx_trt.pipeline import Planned
-from ltx_trt.session import Opened, Session
-from ltx_trt.session.bundle_stages import TRANSFORMER, Stages
+from ltx_engines.errors import UserError
+from ltx_engines.shapes import VideoShape
+from ltx_trt.pipeline import Planned, generate, plan
+from ltx_trt.request import Request, Wishes, resolve
+from ltx_trt.session import Opened, OpenSession, Session
+from ltx_trt.session.bundle_stages import TRANSFORMER, EngineStages, Stages
 from ltx_trt.session.choice import USED
+from ltx_trt.session.memory import Watch
 from ltx_trt.triton.batching import Batcher, Limits
+
+log = logging.getLogger(__name__)
 
 
 class SharedStages:
@@ -34,8 +42,8 @@ class SharedStages:
         return self._stages.bundle
 
     @property
-    def device_memory(self) -> int | None:
-        return None if self._stages.watch is None else self._stages.watch.peak
+    def watch(self) -> Watch | None:
+        return self._stages.watch
 
     @property
     def batcher(self) -> Batcher:
@@ -44,9 +52,9 @@ class SharedStages:
         return self._batcher
 
     @contextmanager
-    def turn(self, planned: Planned) -> Iterator[Callable[[str], Opened]]:
+    def turn(self, planned: Planned) -> Iterator[OpenSession]:
         """What a request opens its stages with, from its first to its last."""
-        self._stages.prepare(planned)
+        self._stages.prepare(planned)  # has nothing to say: these stages take any clip
         yield self._stage
 
     def _stage(self, stage: str) -> Opened:
@@ -77,26 +85,32 @@ class SharedStages:
 class ExclusiveStages:
     """One request at a time. What stays open between two is the stages' own matter (`Keep`)."""
 
-    def __init__(self, stages: Stages) -> None:
+    def __init__(self, stages: EngineStages) -> None:
         self._stages, self._turn = stages, Lock()
+        self._said: set[str] = set()
 
     @property
     def bundle(self) -> Bundle:
         return self._stages.bundle
 
     @property
-    def device_memory(self) -> int | None:
-        """Bytes that were taken at most, by the request that took most."""
-        return None if self._stages.watch is None else self._stages.watch.peak
+    def watch(self) -> Watch | None:
+        return self._stages.watch
 
     @contextmanager
-    def turn(self, planned: Planned) -> Iterator[Callable[[str], Opened]]:
+    def turn(self, planned: Planned) -> Iterator[OpenSession]:
         with self._turn:
-            self._stages.prepare(planned)
+            for note in self._stages.prepare(planned):
+                if note not in self._said:
+                    log.warning("%s", note)
+                    self._said.add(note)
             yield self._stages
 
     def __enter__(self) -> Self:
-        self._stages.__enter__()
+        with ExitStack() as held:
+            held.enter_context(self._stages)
+            self._warm_up()
+            self._held = held.pop_all()
         return self
 
     def __exit__(
@@ -105,10 +119,30 @@ class ExclusiveStages:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stages.__exit__(kind, error, trace)
+        self._held.__exit__(kind, error, trace)
+
+    def _warm_up(self) -> None:
+        """A clip of each size that engines were built for: what cannot be loaded is heard of before
+        the server says that it is ready, and graphs are captured."""
+        for clip in self._stages.clips():
+            request = _shortest(clip, self.bundle)
+            with self.turn(plan(request, self.bundle.manifest)) as open_session:
+                for _ in generate(request, self.bundle, open_session):
+                    pass
 
 
 Studio = SharedStages | ExclusiveStages
+
+
+def _shortest(clip: VideoShape, bundle: Bundle) -> Request:
+    """In two steps, or in as many as a model that allows no others has."""
+    wishes = Wishes("warm-up", None, clip.width, clip.height, clip.frames, num_inference_steps=2)
+    request, _ = resolve(wishes, bundle)
+    try:
+        plan(request, bundle.manifest)
+    except UserError:
+        request, _ = resolve(replace(wishes, num_inference_steps=None), bundle)
+    return request
 
 
 @contextmanager

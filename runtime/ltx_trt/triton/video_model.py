@@ -29,7 +29,7 @@ from ltx_trt.pipeline import (
     StepDone,
     generate,
 )
-from ltx_trt.session.bundle_stages import OnnxRuntimeStages
+from ltx_trt.session.bundle_stages import EngineStages
 from ltx_trt.session.choice import open_stages
 from ltx_trt.triton import backend_words as words
 from ltx_trt.triton import requests
@@ -63,9 +63,8 @@ def answer(order: Order, studio: Studio, client: Client, meter: Meter) -> None:
     started = perf_counter()
     video = media.video_bytes(frames, order.request.frame_rate) if order.form == "mp4" else None
     seconds = {**seconds_by_stage(events), "write": perf_counter() - started}
-    report = Report.of(
-        order.request, frames, "", order.planned.sigmas, seconds, studio.device_memory
-    )
+    memory = None if studio.watch is None else studio.watch.peak
+    report = Report.of(order.request, frames, "", order.planned.sigmas, seconds, memory)
     done = {"event": "done", **asdict(report)}
     del done["output"]  # a file of the client's
     client.send(Response(done, video, frames if video is None else None))
@@ -79,6 +78,8 @@ def _followed(order: Order, studio: Studio, client: Client, meter: Meter) -> Ite
         closing(generate(order.request, studio.bundle, open_session)) as events,
     ):
         for event in events:
+            if studio.watch is not None:
+                studio.watch.look()
             if client.gone():
                 raise Refused(Status.cancelled, GONE)
             if isinstance(event, StageOpened):
@@ -112,9 +113,9 @@ def open_studio(bundle: Path, settings: Settings, call: Call, meter: Meter) -> S
         return SharedStages(CalledStages(bundle, call), limits, meter.shared)
     choice = Choice(Backend(settings.backend), settings.threads, Keep.fitting)
     stages = open_stages(bundle, choice)
-    if isinstance(stages, OnnxRuntimeStages):
-        return SharedStages(stages, limits, meter.shared)
-    return ExclusiveStages(stages)
+    if isinstance(stages, EngineStages):
+        return ExclusiveStages(stages)
+    return SharedStages(stages, limits, meter.shared)
 
 
 class TritonPythonModel:
