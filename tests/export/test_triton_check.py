@@ -10,11 +10,13 @@ import pytest
 
 from ltx_engines.bundle import MANIFEST
 from ltx_engines.errors import UserError
+from ltx_engines.shapes import VideoShape
 from ltx_engines.triton_settings import Settings
 
 pytest.importorskip("tritonclient.grpc")
 
 from ltx_export.triton import check, inventory, repository
+from tests.runtime import engine_bundles
 
 TINY = Path(__file__).parents[2] / "runtime/ltx_trt/ltx_tiny"
 BUNDLE = "ltx_video/1/bundle"
@@ -344,3 +346,89 @@ def test_many_problems_are_one_line_and_counted(repo: Path) -> None:
     text = problem(repo)
     assert text.count("; ") == 4
     assert " more; write it again (ltx-export triton)" in text
+
+
+@pytest.fixture(scope="module")
+def with_plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository for Triton's own backend, of engines that no GPU made."""
+    pytest.importorskip("onnxruntime")
+    folder = tmp_path_factory.mktemp("plans")
+    shutil.copytree(TINY, folder / "bundle")
+    engine_bundles.add(
+        folder / "bundle",
+        engine_bundles.Engines(
+            (VideoShape(25, 128, 128), VideoShape(9, 64, 96)),
+            flavour="tensorrt",
+            version="10.14.1",
+            targets=(89, 90),
+        ),
+    )
+    order = repository.Order(settings=Settings(layout="stages"))
+    repository.write(folder / "bundle", folder / "repository", order)
+    return folder / "repository"
+
+
+@pytest.fixture
+def planned(with_plans: Path, tmp_path: Path) -> Path:
+    shutil.copytree(with_plans, tmp_path / "repo")
+    return tmp_path / "repo"
+
+
+def test_plans_of_the_bundle_are_right_and_their_version_is_known(planned: Path) -> None:
+    checked = check.check(planned)
+    assert checked.inventory.tensorrt == "10.14.1"
+    assert "transformer: tensorrt_plan, 1 instance" in checked.lines()
+
+
+def test_a_plan_that_is_not_the_bundles_is_found(planned: Path) -> None:
+    plan = planned / "transformer/1/model.plan"
+    raw = plan.read_bytes()
+    plan.unlink()
+    plan.write_bytes(raw + b"x")
+    inventory.seal(planned, "stages", BUNDLE)
+    assert "transformer: model.plan is not one of the bundle's engines" in problem(planned)
+
+
+def test_a_plan_of_another_stage_is_found(planned: Path) -> None:
+    plan = planned / "transformer/1/model.plan"
+    plan.unlink()
+    shutil.copy(planned / "vae_decoder/1/model.plan", plan)
+    inventory.seal(planned, "stages", BUNDLE)
+    assert "transformer: model.plan is an engine of vae_decoder" in problem(planned)
+
+
+def test_another_version_of_tensorrt_than_the_plans_is_found(planned: Path) -> None:
+    path = planned / "repository.json"
+    path.write_text(path.read_text().replace('"10.14.1"', '"10.13.0"'))
+    assert "says plans of TensorRT 10.13.0, the bundle's are 10.14.1" in problem(planned)
+
+
+PLANS: dict[str, tuple[Edit, str]] = {
+    "a profile too many": (
+        lambda c: c.instance_group[0].profile.append("2"),
+        "profile 2 is not there, the engine has 2",
+    ),
+    "a card of others": (
+        lambda c: c.cc_model_filenames.update({"12.0": "model.plan"}),
+        "model.plan is for 12.0, it was built for 89, 90",
+    ),
+    "a graph of no profile": (
+        lambda c: c.optimization.cuda.graph_spec[0].input["latents"].dim.__setitem__(1, 7),
+        "a CUDA graph is of sizes that no profile takes",
+    ),
+    "a warm-up of no profile": (
+        lambda c: c.model_warmup[1].inputs["latents"].dims.__setitem__(1, 70000),
+        "warm-up 'profile 1' is of sizes that no profile takes",
+    ),
+    "a file that is not there": (
+        lambda c: c.cc_model_filenames.update({"8.9": "other.plan"}),
+        "1/other.plan is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_a_configuration_is_held_against_its_engine(case: str, planned: Path) -> None:
+    change, wanted = PLANS[case]
+    edit_both(planned, "transformer", change)
+    assert f"transformer: {wanted}" in " ".join(check.look(planned)[1])

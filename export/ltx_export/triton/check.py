@@ -15,7 +15,7 @@ from ltx_engines.engine_entry import TensorEntry
 from ltx_engines.errors import UserError
 from ltx_engines.triton_model import ELEMENT_TYPES, INPUTS, OUTPUTS, VIDEO, Wire
 from ltx_export import __version__
-from ltx_export.triton import inventory
+from ltx_export.triton import inventory, plan_rules
 from ltx_export.triton.config_rules import CONFIG, Model, Tensor, problems_of, table
 from ltx_export.triton.inventory import AGAIN, INVENTORY, Inventory
 
@@ -182,20 +182,13 @@ def _entries(model: Model, bundle: Bundle) -> Tables | str:
     plans = [plan for version in model.versions for plan in sorted(version.glob("*.plan"))]
     if not plans:
         if (stage := manifest.stages.get(model.name)) is None:
-            return (
-                f"the bundle has no stage {model.name}, only {', '.join(sorted(manifest.stages))}"
-            )
+            known = ", ".join(sorted(manifest.stages))
+            return f"the bundle has no stage {model.name}, only {known}"
         return stage.inputs, stage.outputs
-    by_hash = {manifest.files[engine.file].sha256: engine for engine in manifest.engines}
-    engines = [by_hash.get(hashes.sha256(plan)) for plan in plans]
-    for plan, engine in zip(plans, engines, strict=True):
-        if engine is None:
-            return f"{plan.name} is not one of the bundle's engines"
-        if engine.key.flavour != "tensorrt":
-            return f"{plan.name} is of {engine.key.flavour}, which Triton's own backend cannot load"
-        if engine.key.stage != model.name and not model.name.startswith(f"{engine.key.stage}_"):
-            return f"{plan.name} is an engine of {engine.key.stage}"
-    first = next(engine for engine in engines if engine is not None)
+    engines = plan_rules.engines(plans, manifest)
+    if problem := plan_rules.problem(model, engines):
+        return problem
+    first = next(engine for engine in engines.values() if engine is not None)
     return first.inputs, first.outputs
 
 
