@@ -1,0 +1,42 @@
+"""Requests beyond the places: they wait in Triton's queue, in order, and not more than it holds."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+pytest.importorskip("tritonclient.grpc")
+
+from ltx_engines.triton_settings import Settings
+from ltx_export.triton import config, repository
+from ltx_trt.cli import SHIPPED
+from tests.triton.server import Server
+from tests.triton.stream import PROMPTS, ask
+
+SLOW: dict[str, Any] = {"prompt": PROMPTS[0], "num_inference_steps": 40}
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One place, and a queue of one."""
+    folder = tmp_path_factory.mktemp("narrow") / "repository"
+    order = repository.Order(Settings(at_once=1), config.Queue(size=1))
+    repository.write(SHIPPED, folder, order)
+    with Server(folder) as server:
+        yield server
+
+
+def test_what_does_not_fit_into_the_queue_is_refused_at_once(narrow: Server) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        heard = list(pool.map(lambda seed: ask(narrow.grpc, seed=seed, **SLOW), range(8)))
+    made = [found for found in heard if not found.message]
+    refused = [found for found in heard if found.message]
+    assert made
+    assert refused
+    for found in refused:
+        # the core says so before the stream has begun: 2.51 gives it no status, only words
+        assert found.status in ("None", "StatusCode.UNAVAILABLE")
+        assert "Exceeds maximum queue size" in found.message
+    assert all(found.steps == list(range(1, 41)) for found in made)
+    assert narrow.is_ready()
