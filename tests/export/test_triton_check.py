@@ -135,8 +135,14 @@ def test_a_missing_file_and_one_too_many_are_named(repo: Path) -> None:
     assert "vae_decoder/ has no config.pbtxt; the server takes it for a model" in text
 
 
-def test_a_wheel_beside_the_dockerfile_and_compiled_python_are_no_matter(repo: Path) -> None:
+def test_what_lies_at_the_top_is_a_teams_to_change(repo: Path) -> None:
     (repo / "ltx_trt-0.1.0-py3-none-any.whl").write_bytes(b"x")
+    (repo / "Dockerfile").write_text("FROM nvcr.io/nvidia/tritonserver:26.09-py3\n")
+    (repo / "compose.yaml").unlink()
+    check.check(repo)
+
+
+def test_compiled_python_is_no_matter(repo: Path) -> None:
     (repo / "ltx_video" / "1" / "__pycache__").mkdir()
     (repo / "ltx_video" / "1" / "__pycache__" / "model.cpython-312.pyc").write_bytes(b"x")
     check.check(repo)

@@ -35,7 +35,7 @@ class Checked:
         twins = sorted({name for model in self.models for name in model.twins})
         return (
             *(f"{model.name}: {_kind(model.config)}" for model in self.models),
-            f"{self.repository}: layout {self.inventory.layout}, {len(self.models)} models, "
+            f"{self.repository}: layout {self.inventory.layout}, {len(self.models)} model{'s' if len(self.models) > 1 else ''}, "
             f"{len(self.inventory.files)} files as they were written"
             + (f", configurations for {', '.join(twins)}" if twins else ""),
         )

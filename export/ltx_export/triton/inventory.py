@@ -1,4 +1,4 @@
-"""What is in a model repository: who wrote it, where its bundle is, the hash of each file.
+"""What is in a model repository: who wrote it, where its bundle is, the hash of each model's files.
 
 repository.json          this
 README.md, compose.yaml  plain files at the top: Triton takes every folder there for a model
@@ -24,8 +24,6 @@ from ltx_export import __version__
 INVENTORY = "repository.json"
 FORMAT_VERSION = 1
 AGAIN = "write it again (ltx-export triton)"
-WHEELS = "ltx_trt-*.whl"
-"""What may lie beside the Dockerfile without being ours: what it installs."""
 
 
 class Inventory(Frozen):
@@ -85,7 +83,8 @@ def read(repository: Path) -> Inventory:
 
 
 def files(repository: Path, bundle: str | None) -> Iterator[str]:
-    """Every file but the inventory, the bundle's and wheels, in order."""
+    """Every file of the models but the bundle's, in order. What lies at the top is a team's to
+    change: the image's tag, limits, ports."""
     inside = None if bundle is None else repository / bundle
     for path in sorted(repository.rglob("*")):
         name = path.relative_to(repository)
@@ -93,11 +92,8 @@ def files(repository: Path, bundle: str | None) -> Iterator[str]:
             continue
         if inside is not None and path.is_relative_to(inside):
             continue
-        if "__pycache__" in name.parts or str(name) == INVENTORY:
-            continue
-        if len(name.parts) == 1 and path.match(WHEELS):
-            continue
-        yield name.as_posix()
+        if len(name.parts) > 1 and "__pycache__" not in name.parts:
+            yield name.as_posix()
 
 
 def bundle_folder(repository: Path, found: Inventory) -> Path | None:

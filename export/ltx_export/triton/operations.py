@@ -23,6 +23,9 @@ ROOM = 4 * GIB
 
 NAME = "ltx-triton"
 
+WHEELS = "ltx_trt-*.whl"
+"""What the image installs; whoever builds it puts one beside the Dockerfile."""
+
 EXAMPLE = Path(__file__).with_name("example_client.py")
 
 
@@ -103,7 +106,7 @@ def documents(service: Service) -> dict[str, str]:
     return {
         "README.md": readme.text(service),
         "Dockerfile": dockerfile(service),
-        ".dockerignore": f"*\n!{inventory.WHEELS}\n",
+        ".dockerignore": f"*\n!{WHEELS}\n",
         "compose.yaml": manifests.text(manifests.compose(service)),
         "kubernetes.yaml": manifests.text(*manifests.kubernetes(service)),
         "client.py": EXAMPLE.read_text(encoding="utf-8"),
@@ -114,9 +117,9 @@ def dockerfile(service: Service) -> str:
     """Triton's image knows nothing of our runtime."""
     lines = [
         f"FROM {service.image.image}",
-        f"COPY {inventory.WHEELS} /tmp/",
+        f"COPY {WHEELS} /tmp/",
         "ENV PIP_BREAK_SYSTEM_PACKAGES=1",
-        f'RUN pip install --no-cache-dir "$(ls /tmp/{inventory.WHEELS})[{service.extra}]"'
+        f'RUN pip install --no-cache-dir "$(ls /tmp/{WHEELS})[{service.extra}]"'
         + "".join(f" {pin}" for pin in service.pins),
     ]
     return "\n".join(lines) + "\n"
