@@ -145,7 +145,7 @@ def ends_with(code: Any, text: str) -> Callable[..., Iterator[Any]]:
     [
         ("INVALID_ARGUMENT", "num_frames must be from 1\nto 32768, not 0", "from 1 to 32768"),
         ("INTERNAL", "Stub process 'ltx_video_0_0' is not healthy.", "start the server again"),
-        ("UNAVAILABLE", "Exceeds maximum queue size", "Exceeds maximum queue size"),
+        ("UNAVAILABLE", "Exceeds maximum queue size", "ask again later"),
         ("UNAVAILABLE", "Server exiting", "start it, or give its --url"),
     ],
 )
@@ -158,17 +158,25 @@ def test_what_the_server_refuses_is_one_line_and_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_without_a_status_is_an_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("unexpected inference input 'x' for model 'ltx_video'", "unexpected inference input 'x'"),
+        ("Exceeds maximum queue size", "ask again later"),
+        ("Request for unknown model: 'ltx_video' has no available versions", "has no model"),
+    ],
+)
+def test_an_error_without_a_status_is_known_by_its_words(
+    text: str, wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def old(wishes: dict[str, Any], context: Any) -> Iterator[Any]:
         response = said({"event": "step"})
-        response.error_message = "the prompt is empty"
+        response.error_message = text
         yield response
 
     with serving(old) as (url, _):
         assert client(url, tmp_path / "out.mp4") == 2
-    assert "the prompt is empty" in one_line(capsys)
+    assert wanted in one_line(capsys)
 
 
 def test_a_stream_that_ends_early_is_an_error(

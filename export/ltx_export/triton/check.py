@@ -33,9 +33,10 @@ class Checked:
 
     def lines(self) -> tuple[str, ...]:
         twins = sorted({name for model in self.models for name in model.twins})
+        count = f"{len(self.models)} model{'s' if len(self.models) > 1 else ''}"
         return (
             *(f"{model.name}: {_kind(model.config)}" for model in self.models),
-            f"{self.repository}: layout {self.inventory.layout}, {len(self.models)} model{'s' if len(self.models) > 1 else ''}, "
+            f"{self.repository}: layout {self.inventory.layout}, {count}, "
             f"{len(self.inventory.files)} files as they were written"
             + (f", configurations for {', '.join(twins)}" if twins else ""),
         )

@@ -286,18 +286,21 @@ def _address(url: str) -> tuple[str, bool]:
 
 
 def _refused(call: Call, status: str, text: str | None) -> UserError:
-    """The server's words, and what to do where they do not say it."""
+    """The server's words, and what to do where they do not say it. By the words, for in a stream
+    Triton's own refusals have no status (2.51)."""
     said = " ".join((text or status).split())
-    if status == "UNAVAILABLE" and "queue size" not in said:
+    if "is not healthy" in said:
+        return UserError(f"{call.url}: {said}; {RESTART}")
+    if "maximum queue size" in said or "Request timeout expired" in said:
+        return UserError(f"{call.url} has too many requests ({said}); ask again later")
+    if status == "NOT_FOUND" or "unknown model" in said:
+        return UserError(f"{call.url} has no model {call.model} ({said}); give another --url")
+    if status == "UNAVAILABLE":
         return UserError(
             f"no Triton server answers at {call.url} ({said}); start it, or give its --url"
         )
     if status == "DEADLINE_EXCEEDED":
         return UserError(f"{call.url} took longer than --timeout {call.timeout:g}; give it more")
-    if "is not healthy" in said:
-        return UserError(f"{call.url}: {said}; {RESTART}")
-    if status == "NOT_FOUND":
-        return UserError(f"{call.url} has no model {call.model} ({said}); give another --url")
     return UserError(f"{call.url}: {said}")
 
 
