@@ -80,6 +80,21 @@ def test_each_model_has_a_twin_for_a_server_without_a_gpu(tmp_path: Path, layout
         assert (repo / model / "1/model.py").is_file()
 
 
+@pytest.mark.parametrize(("layout", "gpus"), [("single", [0]), ("stages", [])])
+def test_a_model_with_engines_is_one_process_on_the_first_gpu(
+    tmp_path: Path, layout: str, gpus: list[int]
+) -> None:
+    """Without a kind there would be one on each GPU; calling stages needs none."""
+    bundle = with_engines(tmp_path / "bundle", flavour="tensorrt-rtx", version="1.7.1.116")
+    repo = write(tmp_path / "repo", bundle, layout=layout)
+    (group,) = config(repo, "ltx_video").instance_group
+    assert (list(group.gpus), group.count) == (gpus, 1)
+    wanted = ModelInstanceGroup.KIND_GPU if gpus else ModelInstanceGroup.KIND_CPU
+    assert group.kind == wanted
+    if layout == "stages":
+        assert list(config(repo, "transformer").instance_group[0].gpus) == [0]
+
+
 def test_a_stage_has_the_tensors_of_the_bundle_in_both_directions(tmp_path: Path) -> None:
     repo = write(tmp_path / "repo", layout="stages")
     entry = open_bundle(SHIPPED).stage("transformer")

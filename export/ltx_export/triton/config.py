@@ -1,7 +1,7 @@
 """Configurations of Triton's models, as its own ModelConfig messages, from the tensor tables."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ltx_engines.engine_entry import TensorEntry
 from ltx_engines.errors import UserError
@@ -17,6 +17,12 @@ Tables = tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]
 QUEUE_SECONDS = 600
 """How long a request may wait to be begun."""
 
+Place = Literal["cpu", "gpu"]
+"""Where a model's process is counted. Without one Triton starts a process for each GPU; ours takes
+the first, with engines, and ONNX Runtime's own choice without."""
+
+FIRST_GPU = 0
+
 WORDS = {"BYTES": "STRING"}
 """What a configuration calls a type, where requests call it otherwise."""
 
@@ -29,10 +35,10 @@ class Queue:
     seconds: float = QUEUE_SECONDS
 
 
-def video(settings: Settings, queue: Queue = Queue()) -> "ModelConfig":
+def video(settings: Settings, queue: Queue, place: Place) -> "ModelConfig":
     """Of `ltx_video`. Its instance is one process: the weights are there once, requests are its
     threads. No response cache: Triton refuses one for a decoupled model, and a seed is no key."""
-    config = _python(VIDEO)
+    config = _python(VIDEO, place)
     config.model_transaction_policy.decoupled = True
     for wire in INPUTS:
         _wired(config.input.add(), wire).optional = wire.optional
@@ -47,21 +53,24 @@ def video(settings: Settings, queue: Queue = Queue()) -> "ModelConfig":
     return config
 
 
-def python_stage(stage: str, tables: Tables, settings: Settings) -> "ModelConfig":
+def python_stage(stage: str, tables: Tables, settings: Settings, place: Place) -> "ModelConfig":
     """Of a stage that our Python backend runs, in whatever batch."""
-    config = _python(stage)
+    config = _python(stage, place)
     add_tensors(config, tables)
     for name, word in settings.parameters().items():
         config.parameters[name].string_value = word
     return config
 
 
-def _python(name: str) -> "ModelConfig":
-    from tritonclient.grpc.model_config_pb2 import ModelConfig
+def _python(name: str, place: Place) -> "ModelConfig":
+    from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
     config = ModelConfig(name=name, backend="python", max_batch_size=0)
     config.version_policy.specific.versions.append(1)
-    config.instance_group.add(count=1)  # no kind: the GPU where there is one
+    if place == "gpu":
+        config.instance_group.add(count=1, kind=ModelInstanceGroup.KIND_GPU, gpus=[FIRST_GPU])
+    else:
+        config.instance_group.add(count=1, kind=ModelInstanceGroup.KIND_CPU)
     return config
 
 

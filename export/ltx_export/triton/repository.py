@@ -70,7 +70,9 @@ def write(bundle: Path, out: Path, order: Order) -> tuple[str, ...]:
 
 
 def _models(bundle: Bundle, folder: Path, order: Order) -> Iterator[str]:
-    _model(folder / VIDEO, config.video(order.settings, order.queue), VIDEO_PY)
+    # with --layout stages it only calls the others
+    place = _place(bundle) if order.settings.layout == "single" else "cpu"
+    _model(folder / VIDEO, config.video(order.settings, order.queue, place), VIDEO_PY)
     yield VIDEO
     if order.settings.layout == "single":
         return
@@ -89,7 +91,8 @@ def _stage(bundle: Bundle, folder: Path, stage: str, order: Order) -> None:
     up = PurePosixPath("../..") / BUNDLE  # from the stage's version folder
     settings = order.settings.with_bundle(str(up))
     tables = (entry.inputs, entry.outputs)
-    _model(folder / stage, config.python_stage(stage, tables, settings), STAGE_PY)
+    made = config.python_stage(stage, tables, settings, _place(bundle))
+    _model(folder / stage, made, STAGE_PY)
 
 
 def _model(folder: Path, made: "ModelConfig", source: str = "") -> None:
@@ -101,6 +104,10 @@ def _model(folder: Path, made: "ModelConfig", source: str = "") -> None:
     )
     if source:
         (folder / "1" / "model.py").write_text(source, encoding="utf-8")
+
+
+def _place(bundle: Bundle) -> config.Place:
+    return "gpu" if bundle.manifest.engines else "cpu"
 
 
 def _link_bundle(bundle: Bundle, target: Path) -> None:

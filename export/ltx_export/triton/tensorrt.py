@@ -1,4 +1,4 @@
-"""Stages that Triton's own TensorRT backend runs: configurations from the profiles of the engines."""
+"""Stages that Triton's own TensorRT backend runs: their configurations, from engines' profiles."""
 
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 PLATFORM = "tensorrt_plan"
 
 SLOT = "GPU_SLOT"
-"""The rate limiter's resource: with `--rate-limit=execution_count`, stages of one GPU take turns."""
+"""The rate limiter's resource: with `--rate-limit=execution_count`, a GPU's stages take turns."""
 
 
 def config_of(stage: str, plans: Plans) -> "ModelConfig":
