@@ -299,7 +299,7 @@ def _refused(call: Call, status: str, text: str | None) -> UserError:
         return UserError(
             f"no Triton server answers at {call.url} ({said}); start it, or give its --url"
         )
-    if status == "DEADLINE_EXCEEDED":
+    if status == "DEADLINE_EXCEEDED" and call.timeout is not None:
         return UserError(f"{call.url} took longer than --timeout {call.timeout:g}; give it more")
     return UserError(f"{call.url}: {said}")
 
