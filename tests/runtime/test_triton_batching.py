@@ -179,6 +179,23 @@ def test_whoever_listens_hears_how_many_shared_each_pass(session: Doubler) -> No
     assert max(heard) > 1
 
 
+def test_a_lone_lane_is_overtaken_by_no_more_than_the_pass_under_way(session: Doubler) -> None:
+    """However busy those of another shape are."""
+    batcher = Batcher(session, ENTRY, Limits(delay=0.005, rows=100))
+    busy = [[feeds(lane, tokens=3)] * 40 for lane in range(3)]
+    with ThreadPoolExecutor(1) as pool:
+        others = pool.submit(together, batcher, busy)
+        overtaken = []
+        with batcher.lane() as lane:
+            for _ in range(8):
+                before = len(session.rows)
+                lane(feeds(1.0, tokens=9))
+                overtaken.append(len(session.rows) - before - 1)
+        assert not others.done()
+        others.result()
+    assert max(overtaken) <= 1, overtaken
+
+
 @pytest.mark.parametrize("delay", [0.0, 0.001])
 def test_many_lanes_of_many_shapes_come_and_go(delay: float, session: Doubler) -> None:
     session.seconds = 0.0

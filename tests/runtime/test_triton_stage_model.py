@@ -16,11 +16,16 @@ from ltx_engines.triton_settings import Settings
 from ltx_trt.backend import Choice
 from ltx_trt.pipeline import Decoded, generate
 from ltx_trt.request import Wishes, resolve
+from ltx_trt.session import tensorrt_adapter
+from ltx_trt.session.bundle_stages import EngineStages
 from ltx_trt.session.choice import open_stages
+from ltx_trt.session.device import Device
 from ltx_trt.triton.called_stages import CalledStages
 from ltx_trt.triton.responses import Refused, Status
 from ltx_trt.triton.stage_model import answer, open_stage
 from tests.runtime import engine_bundles
+from tests.runtime.fake_engines import FakeLibrary
+from tests.runtime.fake_gpu import FakeGpu
 
 
 def frames(bundle: Bundle, stages: Any) -> bytes:
@@ -109,3 +114,23 @@ def test_edges_of_a_plan_are_called_in_its_own_element_types(
     with pytest.raises(UserError, match="'prompt_embeds': 'bfloat16'"):
         frames(open_bundle(folder), CalledStages(folder, call))
     assert kinds == {"input_ids": "int64", "attention_mask": "int64"}
+
+
+def test_a_stage_on_engines_is_used_without_the_others(
+    make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_adapter, "version", {"tensorrt-rtx": "1.7.1.116"}.get)
+    folder = make_bundle()
+    engine_bundles.add(folder, engine_bundles.Engines((VideoShape(9, 32, 64),)))
+    gpu = FakeGpu()
+    device = Device.of(gpu, FakeLibrary(gpu))
+    feeds = {name: np.ones((1, 12), np.int64) for name in ("input_ids", "attention_mask")}
+    with open_stages(folder, Choice(), open_device=lambda _: device) as stages:
+        assert isinstance(stages, EngineStages)
+        with stages.alone("text_encoder") as session:
+            found = answer(session, feeds)
+        assert gpu.count("load") == 1
+    assert gpu.leaks() == []
+    with open_stage(folder, "text_encoder", Settings(backend="onnxruntime")) as session:
+        wanted = answer(session, feeds)
+    np.testing.assert_array_equal(found["prompt_embeds"], wanted["prompt_embeds"])

@@ -43,6 +43,7 @@ class _Call:
     key: Key
     feeds: Feeds
     rows: int
+    deadline: float
     result: dict[str, Array] | None = None
     error: BaseException | None = None
     taken: bool = False
@@ -87,7 +88,8 @@ class Batcher:
     def call(self, lane: "Lane", feeds: Feeds) -> dict[str, Array]:
         key = _key(feeds, self._inputs)
         name, axis = next(iter(self._inputs.items()))
-        call = _Call(key, feeds, feeds[name].shape[axis])
+        deadline = monotonic() + self._limits.delay
+        call = _Call(key, feeds, feeds[name].shape[axis], deadline)
         with self._turn:
             self._lanes[id(lane)] = key
             self._waiting.append(call)
@@ -103,14 +105,21 @@ class Batcher:
 
     def _wait(self, call: _Call) -> list[_Call]:
         """Until another's pass has done this call, or it is this one's turn: then who goes."""
-        deadline = monotonic() + self._limits.delay
         while not call.done:
-            left = deadline - monotonic()
-            if not self._running and not call.taken and (left <= 0 or self._complete(call.key)):
+            if not self._running and not call.taken and self._next() == call.key:
                 return self._take(call)
-            # a pass that runs ends with a notification; only the delay ends without one
-            self._turn.wait(None if self._running or call.taken else left)
+            left = call.deadline - monotonic()
+            # what else makes it a turn, an end, an arrival or a leaving, is notified
+            self._turn.wait(None if self._running or call.taken or left <= 0 else left)
         return []
+
+    def _next(self) -> Key | None:
+        """The shape whose turn it is: of the calls that may go, the oldest one's."""
+        now = monotonic()
+        for call in self._waiting:
+            if call.deadline <= now or self._complete(call.key):
+                return call.key
+        return None
 
     def _complete(self, key: Key) -> bool:
         """Nobody else of this shape could come, or no more rows would go."""
