@@ -55,6 +55,28 @@ def test_the_servers_bytes_become_the_file(
     assert seen.headers["triton_grpc_error"] == "true"
 
 
+def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.mp4").write_bytes(b"old")
+
+    def full(path: Path, data: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(data[:10])
+        raise OSError(28, "No space left on device", str(path))
+
+    with serving(clip) as (url, _):
+        monkeypatch.setattr(Path, "write_bytes", full)
+        assert client(url, tmp_path / "out.mp4") == 2
+    assert "No space left on device" in one_line_at_the_end(capsys)
+    assert (tmp_path / "out.mp4").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def one_line_at_the_end(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err.splitlines()[-1]
+
+
 def test_what_is_not_said_is_not_sent(tmp_path: Path) -> None:
     with serving(clip) as (url, seen):
         assert client(url, tmp_path / "out.mp4") == 0

@@ -112,8 +112,6 @@ def follow(call: Call) -> Generator[Answer, None, None]:
             if watch.found:
                 raise UserError(f"{call.url}: {watch.found}; {RESTART}") from None
             raise _refused(call, error.code().name, error.details()) from None
-        finally:
-            responses.cancel()
     if not done:
         raise UserError(f"{call.url} ended the request without a clip; look into the server's log")
 
@@ -164,7 +162,7 @@ def _dead(grpc: Any, ask: Any, probe: Any) -> str:
 
 
 def _channel(grpc: Any, address: str, *, encrypted: bool) -> Any:
-    """A clip may be larger than what gRPC takes by default."""
+    """Closing it cancels what is under way. A clip may be larger than what gRPC takes by default."""
     options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
     if encrypted:
         return grpc.secure_channel(address, grpc.ssl_channel_credentials(), options)
