@@ -162,7 +162,7 @@ def _dead(grpc: Any, ask: Any, probe: Any) -> str:
 
 
 def _channel(grpc: Any, address: str, *, encrypted: bool) -> Any:
-    """Closing it cancels what is under way. A clip may be larger than what gRPC takes by default."""
+    """Closing it cancels what is under way. A clip may be larger than gRPC takes by default."""
     options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
     if encrypted:
         return grpc.secure_channel(address, grpc.ssl_channel_credentials(), options)
