@@ -54,7 +54,7 @@ def read(
         if name not in known:
             raise Refused(
                 Status.invalid,
-                f"unknown parameter {name!r}{nearest(name, known)}; inputs are {', '.join(known)}",
+                f"unknown parameter {name!r}, inputs are {', '.join(known)}{nearest(name, known)}",
             )
     try:
         return _order(
@@ -90,7 +90,8 @@ def _order(values: dict[str, Any], bundle: Bundle, settings: Settings) -> Order:
         raise UserError("there is no prompt; say what the clip shows")
     form = values.pop("format", FORMATS[0])
     if form not in FORMATS:
-        raise UserError(f"unknown format {form!r}{nearest(form, FORMATS)}; known are {FORMATS}")
+        known = ", ".join(FORMATS)
+        raise UserError(f"unknown format {form!r}, known are {known}{nearest(form, FORMATS)}")
     wishes = Wishes(**{"seed": SEED, **values})
     request, notes = resolve(wishes, bundle)
     _check_size(request, settings)
