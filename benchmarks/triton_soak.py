@@ -135,13 +135,13 @@ class Clip:
 def expected(asks: Iterable[Ask]) -> dict[str, Clip]:
     """Each clip that was asked for, by what was asked."""
     from ltx_trt import media
-    from ltx_trt.backend import Choice, Keep
+    from ltx_trt.backend import Choice
     from ltx_trt.pipeline import Decoded, generate
     from ltx_trt.request import Wishes, resolve
     from ltx_trt.session.choice import open_stages
 
     found = {}
-    with open_stages(SHIPPED, Choice(keep=Keep.always)) as stages:
+    with open_stages(SHIPPED, Choice()) as stages:
         for clip in sorted({one.clip for one in asks if one.kind == "clip"}):
             request, _ = resolve(Wishes(**json.loads(clip)), stages.bundle)
             with closing(generate(request, stages.bundle, stages)) as events:
