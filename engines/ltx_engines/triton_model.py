@@ -5,6 +5,7 @@ Server, client, configuration, check and README read these tables.
 
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 VIDEO = "ltx_video"
 """The model that makes clips; the others are stages."""
@@ -61,19 +62,35 @@ ELEMENT_TYPES = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One family of /metrics; `labels` are what its series differ by, beside the model's name."""
+    """One family of /metrics; `labels` are what its series differ by, beside the model's name. One
+    with `buckets`, the upper ends of its classes, is a histogram."""
 
     name: str
-    kind: str
+    kind: Literal["counter", "gauge", "histogram"]
     text: str
     labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
 
+
+SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 METRICS = (
-    Metric("ltx_step_seconds", "histogram", "Seconds of one denoising step."),
-    Metric("ltx_stage_seconds", "histogram", "Seconds of one stage of a request.", ("stage",)),
-    Metric("ltx_queue_seconds", "histogram", "Seconds from a request's arrival to its start."),
-    Metric("ltx_pass_requests", "histogram", "Requests that shared a pass of the transformer."),
+    Metric("ltx_step_seconds", "histogram", "Seconds of one denoising step.", buckets=SECONDS),
+    Metric(
+        "ltx_stage_seconds", "histogram", "Seconds of one stage of a request.", ("stage",), SECONDS
+    ),
+    Metric(
+        "ltx_queue_seconds",
+        "histogram",
+        "Seconds from a request's arrival to its start.",
+        buckets=SECONDS,
+    ),
+    Metric(
+        "ltx_pass_requests",
+        "histogram",
+        "Requests that shared a pass of the transformer.",
+        buckets=(1.0, 2.0, 4.0, 8.0, 16.0),
+    ),
     Metric("ltx_requests_running", "gauge", "Requests that are being computed."),
     Metric("ltx_requests_waiting", "gauge", "Requests that wait for a place."),
     Metric("ltx_requests_done_total", "counter", "Requests that ended with a clip."),

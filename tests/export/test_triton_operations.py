@@ -253,7 +253,8 @@ def test_the_readme_names_what_the_tables_have(variant: operations.Service) -> N
     text = readme.text(variant)
     for name in (*(m.name for m in METRICS), *(wire.name for wire in (*INPUTS, *OUTPUTS))):
         assert f"| `{name}` |" in text
-    assert all(len(line) <= 100 for line in text.splitlines() if "|" not in line)
+    prose = [line for line in text.splitlines() if "|" not in line and "=" not in line]
+    assert all(len(line) <= 100 for line in prose)
 
 
 def test_what_is_written_is_what_is_planned(manifest: Manifest, tmp_path: Path) -> None:

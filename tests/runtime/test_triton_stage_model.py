@@ -14,13 +14,13 @@ from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
 from ltx_engines.triton_settings import Settings
 from ltx_trt.backend import Choice
-from ltx_trt.pipeline import Decoded, generate
+from ltx_trt.pipeline import Decoded, generate, plan
 from ltx_trt.request import Wishes, resolve
 from ltx_trt.session import tensorrt_adapter
 from ltx_trt.session.bundle_stages import EngineStages
 from ltx_trt.session.choice import open_stages
 from ltx_trt.session.device import Device
-from ltx_trt.triton.called_stages import CalledStages
+from ltx_trt.triton.called_stages import CalledStages, Models
 from ltx_trt.triton.responses import Refused, Status
 from ltx_trt.triton.stage_model import answer, open_stage
 from tests.runtime import engine_bundles
@@ -45,7 +45,7 @@ def test_stages_that_are_called_make_the_frames_of_one_process(bundle: Bundle) -
         assert made.keys() == wanted.keys()
         return made
 
-    found = frames(bundle, CalledStages(bundle.path, call))
+    found = frames(bundle, CalledStages(bundle.path, Models(call, lambda _: True)))
     with open_stages(bundle.path, Choice()) as stages:
         assert found == frames(bundle, stages)
     assert heard == ["text_encoder"] * 2 + ["transformer"] * 3 + ["vae_decoder"]
@@ -71,7 +71,17 @@ def test_an_answer_of_another_type_shape_or_name_is_refused(
         return spoil(made) if model == "transformer" else made
 
     with pytest.raises(UserError, match="model transformer answers"):
-        frames(bundle, CalledStages(bundle.path, call))
+        frames(bundle, CalledStages(bundle.path, Models(call, lambda _: True)))
+
+
+def test_a_clip_is_refused_before_its_first_step_while_a_stage_is_not_ready(bundle: Bundle) -> None:
+    def call(*_: object) -> Any:
+        raise AssertionError("no stage is called")
+
+    stages = CalledStages(bundle.path, Models(call, lambda name: name != "vae_decoder"))
+    request, _ = resolve(Wishes("w5 w9"), bundle)
+    with pytest.raises(UserError, match="no vae_decoder that is ready"):
+        stages.prepare(plan(request, bundle.manifest))
 
 
 def test_a_strangers_tensors_are_its_own_error(bundle: Bundle) -> None:
@@ -112,7 +122,7 @@ def test_edges_of_a_plan_are_called_in_its_own_element_types(
         raise UserError(f"{model} was called for {dict(wanted)}")
 
     with pytest.raises(UserError, match="'prompt_embeds': 'bfloat16'"):
-        frames(open_bundle(folder), CalledStages(folder, call))
+        frames(open_bundle(folder), CalledStages(folder, Models(call, lambda _: True)))
     assert kinds == {"input_ids": "int64", "attention_mask": "int64"}
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +50,7 @@ class Backend(SimpleNamespace):
                 tensors={tensor.name: tensor.array for tensor in output_tensors}, error=error
             ),
             MetricFamily=Family,
+            is_model_ready=lambda _: True,
         )
 
     class TritonError(SimpleNamespace):
@@ -59,20 +61,26 @@ class Backend(SimpleNamespace):
 
 
 class Family:
-    COUNTER, GAUGE = "counter", "gauge"
+    COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
     values: dict[str, float] = {}  # noqa: RUF012 - the server's, one for all
 
     def __init__(self, name: str, description: str, kind: str) -> None:
         assert description
-        assert kind in ("counter", "gauge")
-        self.name = name
+        self.name, self.kind = name, kind
 
-    def Metric(self, labels: dict[str, str]) -> Any:  # noqa: N802 - Triton's name
+    def Metric(  # noqa: N802 - Triton's name
+        self, labels: dict[str, str], buckets: list[float] | None = None
+    ) -> Any:
         assert labels["model"] == "ltx_video"
-        return SimpleNamespace(increment=self.add)
+        assert (buckets is not None) == (self.kind == self.HISTOGRAM)
+        return SimpleNamespace(increment=partial(self.add, ""), observe=self.observe)
 
-    def add(self, value: float) -> None:
-        Family.values[self.name] = Family.values.get(self.name, 0.0) + value
+    def observe(self, value: float) -> None:
+        self.add("_sum", value)
+        self.add("_count", 1)
+
+    def add(self, end: str, value: float) -> None:
+        Family.values[self.name + end] = Family.values.get(self.name + end, 0.0) + value
 
 
 class Sender:
@@ -133,23 +141,34 @@ def model(
     folder = make_bundle()
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Backend())
     Family.values.clear()
-    settings = Settings(bundle=f"../{folder.name}", at_once=2)
-    words = {**settings.parameters(), "FORCE_CPU_ONLY_INPUT_TENSORS": "no"}
-    entries = {name: {"string_value": word} for name, word in words.items()}
     made = TritonPythonModel()
     (folder.parent / "1").mkdir()
-    made.initialize(
-        {
-            "model_config": json.dumps(
-                {"parameters": {**entries, "FORCE_CPU": {"string_value": ""}}}
-            ),
-            "model_repository": str(folder.parent),
-            "model_version": "1",
-            "model_name": "ltx_video",
-        }
-    )
+    made.initialize(told(folder.parent, Settings(bundle=f"../{folder.name}", at_once=2)))
     yield made
     made.finalize()
+
+
+def told(home: Path, settings: Settings) -> dict[str, str]:
+    """What Triton says to a model whose folder is `home`."""
+    words = {**settings.parameters(), "FORCE_CPU_ONLY_INPUT_TENSORS": "no"}
+    entries = {name: {"string_value": word} for name, word in words.items()}
+    return {
+        "model_config": json.dumps({"parameters": entries}),
+        "model_repository": str(home),
+        "model_version": "1",
+        "model_name": "ltx_video",
+    }
+
+
+def test_without_the_model_of_a_stage_the_server_is_not_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton itself says nothing of a model whose folder is not there."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Backend())
+    for name in ("ltx_video", "text_encoder", "vae_decoder"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="has no model transformer; write it again"):
+        TritonPythonModel().initialize(told(tmp_path / "ltx_video", Settings(layout="stages")))
 
 
 def ask(model: TritonPythonModel, sender: Sender | None = None, **values: Any) -> Sender:
@@ -288,7 +307,8 @@ def test_engines_are_loaded_before_the_server_is_ready_and_make_the_command_line
     engines: Path,
 ) -> None:
     gpu, client = FakeGpu(), Listener()
-    meter = Meter(lambda *_: SimpleNamespace(increment=lambda _: None), "ltx_video")
+    quiet = SimpleNamespace(increment=lambda _: None, observe=lambda _: None)
+    meter = Meter(lambda *_: quiet, "ltx_video")
     with ExclusiveStages(on_a_gpu(engines, gpu)) as studio:
         loaded = gpu.count("load")
         assert loaded == 4

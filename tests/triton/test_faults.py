@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,13 +45,14 @@ PATHS = re.compile(r"(^|[\s'\"(])(/[\w.-]+){2,}|Traceback|\.py\b|line \d+")
 @dataclass(frozen=True)
 class Row:
     """`after` is what the next request gets, `recovered` what it gets when the server was started
-    again; None where it was not."""
+    again, None where it was not; `index` is what the server says of its models."""
 
     fault: str
     outcome: Outcome
     ready: bool
     after: Outcome
     recovered: Outcome | None = None
+    index: str = ""
 
     def cells(self) -> str:
         seen = self.outcome
@@ -140,6 +142,16 @@ def after_a_kill(next_one: Outcome, ready: bool, recovered: Outcome) -> Iterator
         yield Row(f"stub killed: {fault}", seen, ready, next_one, recovered)
 
 
+def index(server: Server) -> str:
+    """Of the models, and why some are not loaded, to whoever asks."""
+    request = urllib.request.Request(server.url("v2/repository/index"), b"{}", method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=5) as page:
+            return str(page.read().decode())
+    except urllib.error.HTTPError as error:
+        return error.read().decode()
+
+
 def spoilt(
     fault: str, source: Path, folder: Path, spoil: Callable[[Path], Callable[[], object]]
 ) -> Row:
@@ -148,10 +160,10 @@ def spoilt(
     mend = spoil(folder)
     with started(folder) as server:
         seen, ready = put(server, Question(WISHES)), server.is_ready()
-        after = put(server, Question(WISHES))
+        after, said = put(server, Question(WISHES)), index(server)
     mend()
     with started(folder) as again:
-        return Row(fault, seen, ready, after, put(again, Question(WISHES)))
+        return Row(fault, seen, ready, after, put(again, Question(WISHES)), said)
 
 
 def change_a_byte(folder: Path) -> Callable[[], object]:
@@ -212,6 +224,14 @@ def test_no_path_and_no_trace_reaches_a_client(rows: dict[str, Row]) -> None:
         for seen in (row.outcome, row.after):
             assert not PATHS.search(seen.text), seen.text
             assert "\n" not in seen.text.strip()
+        assert not PATHS.search(row.index), row.index
+
+
+def test_the_index_of_models_is_for_the_operator(rows: dict[str, Row]) -> None:
+    """It says why a model did not load, with paths and lines of the source."""
+    said = [row.index for row in rows.values() if row.index]
+    assert len(said) == 3
+    assert all("restricted" in word for word in said), said
 
 
 def test_the_search_for_paths_finds_some() -> None:
@@ -250,6 +270,7 @@ def test_a_server_that_is_started_again_recovers(fault: str, rows: dict[str, Row
 
 def test_what_does_not_load_is_not_ready(rows: dict[str, Row]) -> None:
     assert not rows["a changed byte in the bundle"].ready
+    assert not rows["a stage is missing"].ready
     assert not rows["a stage fails to load"].ready
 
 

@@ -15,7 +15,7 @@ from ltx_trt.pipeline import Decoded, generate
 from ltx_trt.request import Wishes, resolve
 from ltx_trt.session.element_types import narrowed, widened
 from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
-from ltx_trt.triton.called_stages import CalledStages
+from ltx_trt.triton.called_stages import CalledStages, Models
 from tests.runtime import engine_bundles
 from tests.runtime.engine_bundles import Engines
 from tests.triton.conftest import RunAlone
@@ -105,7 +105,7 @@ def made_here(bundle: Path, dtype: str) -> str:
         made = sessions[model](rounded)
         return {name: widened(narrowed(made[name], kind), kind) for name, kind in wanted.items()}
 
-    stages = CalledStages(bundle, call)
+    stages = CalledStages(bundle, Models(call, lambda _: True))
     for stage in engine_bundles.STAGES:
         sessions[stage] = OnnxRuntimeSession.open(stages.bundle, stage)
     request, _ = resolve(Wishes(**CLIP), stages.bundle)

@@ -4,6 +4,7 @@ Numbers are derived from the bundle and from the settings of its models.
 """
 
 import os
+import secrets
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -26,19 +27,28 @@ NAME = "ltx-triton"
 WHEELS = "ltx_trt-*.whl"
 """What the image installs; whoever builds it puts one beside the Dockerfile."""
 
+CLOSED = ("model-repository", "logging", "trace", "shared-memory")
+"""Triton's calls about itself. Its index of models says why one did not load, with paths and lines
+of the source; logging and trace write files where a client wishes; none of our clients calls one.
+"""
+
+ADMIN = "ltx-admin"
+"""The header whose word opens them."""
+
 EXAMPLE = Path(__file__).with_name("example_client.py")
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
     """Of a repository: what of its bundle decides how it is run. `bundle` is its place in the
-    repository, None if it is mounted from elsewhere."""
+    repository, None if it is mounted from elsewhere; `word` is the operator's, see ADMIN."""
 
     layout: Literal["single", "stages"]
     manifest: Manifest
     models: tuple[str, ...]
     bundle: str | None
     settings: Settings = field(default_factory=Settings)
+    word: str = field(default_factory=lambda: secrets.token_hex(16))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +71,13 @@ class Service:
     @property
     def command(self) -> list[str]:
         """Addresses are of the container; what is published of it is said elsewhere."""
+        closed = f"{','.join(CLOSED)}:{ADMIN}={self.facts.word}"
         return [
             "tritonserver",
             "--model-repository=/models",
             "--model-control-mode=none",
+            f"--http-restricted-api={closed}",
+            f"--grpc-restricted-protocol={closed}",
             "--disable-auto-complete-config",
             "--exit-on-error=false",
             "--strict-readiness=true",

@@ -3,9 +3,9 @@
 import textwrap
 from collections.abc import Iterable
 
-from ltx_engines.triton_model import INPUTS, METRICS, OUTPUTS, VIDEO, Metric, Wire
+from ltx_engines.triton_model import INPUTS, METRICS, OUTPUTS, VIDEO, Wire
 from ltx_export import __version__
-from ltx_export.triton.operations import GIB, NAME, PORTS, ROOM, Service
+from ltx_export.triton.operations import ADMIN, CLOSED, GIB, NAME, PORTS, ROOM, Service
 
 HTTP, GRPC, SCRAPED = PORTS["http"], PORTS["grpc"], PORTS["metrics"]
 
@@ -52,7 +52,11 @@ or `docker compose up --build`, or `kubectl apply -f kubernetes.yaml` with an im
 can pull and a claim `{NAME}-models` that holds this folder.
 
 The server is published on loopback only; nobody may load or unload models
-(`--model-control-mode=none`). Ask for clips with
+(`--model-control-mode=none`). What Triton tells of itself ({", ".join(CLOSED)}) wants the
+header `{ADMIN}`, over gRPC `triton-grpc-protocol-{ADMIN}`, with the word above, which was drawn
+when this folder was written: its index of models, for one, names files of the server.
+
+Ask for clips with
 `ltx-trt client --url grpc://localhost:{GRPC} --prompt "..." -o clip.mp4`, or as `client.py` does.
 A `tritonserver` without a container listens on every address unless it is told
 `--http-address=127.0.0.1 --grpc-address=127.0.0.1`; its Python needs the same packages.
@@ -131,7 +135,7 @@ in /dev/shm; in a container they go with it.
 
 def _metrics(_: Service) -> str:
     rows = "\n".join(
-        f"| `{metric.name}` | {_kind(metric)} | {', '.join(metric.labels) or '-'} | {metric.text} |"
+        f"| `{metric.name}` | {metric.kind} | {', '.join(metric.labels) or '-'} | {metric.text} |"
         for metric in METRICS
     )
     return f"""\
@@ -146,11 +150,6 @@ def _metrics(_: Service) -> str:
 The autoscaler in kubernetes.yaml reads `ltx_requests_waiting`, for which the cluster needs an
 adapter for Prometheus (`custom.metrics.k8s.io`); without one, delete that document.
 """
-
-
-def _kind(metric: Metric) -> str:
-    """Older servers have no histograms for Python models."""
-    return "counters `_sum` and `_count`" if metric.kind == "histogram" else metric.kind
 
 
 def _model(_: Service) -> str:

@@ -23,6 +23,7 @@ from ltx_trt.session.needs import of_loop
 from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
 from ltx_trt.session.opening import Opening, needed
 from ltx_trt.session.residency import Need, Residency
+from ltx_trt.session.runner import Runner
 from ltx_trt.session.tensorrt_session import TensorRTSession
 
 TRANSFORMER, DECODER = "transformer", "vae_decoder"
@@ -154,13 +155,15 @@ class EngineStages:
         """A stage that is used without the others, for any clip that its engines take."""
         if stage not in self._chains:
             return _on_onnxruntime(self.bundle, stage, self._choice, self._lora)
-        return TensorRTSession.open(self.bundle, stage, self._device)
+        need = needed(self.bundle.manifest, self._chains[stage])
+        (found,) = residency.plan([need], self._budget)
+        runner = self._runner(stage, found)
+        return TensorRTSession(stage, self.bundle.stage(stage), self._device, runner)
 
     def _open(self, stage: str) -> Session:
         if stage not in self._plan:
             raise ValueError("stages are prepared for a clip before one is opened")
-        with told(f"stage {stage}"):
-            runner = self._opening.runner(self._chains[stage], self._plan[stage])
+        runner = self._runner(stage, self._plan[stage])
         entry, device = self.bundle.stage(stage), self._device
         session = TensorRTSession(stage, entry, device, runner)
         if stage != TRANSFORMER or SAMPLER_STEP not in self._chains:
@@ -173,6 +176,10 @@ class EngineStages:
             raise
         graphs = self._choice.cuda_graphs
         return DeviceLoop(session, Engines(device, runner, step), cuda_graphs=graphs)
+
+    def _runner(self, stage: str, found: Residency) -> Runner:
+        with told(f"stage {stage}"):
+            return self._opening.runner(self._chains[stage], found)
 
     def _make_room(self, planned: Planned) -> None:
         """The plan is for the longest loop of all clips so far; what the budget is for does not

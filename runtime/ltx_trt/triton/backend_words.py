@@ -1,7 +1,7 @@
 """Triton's Python backend in our words: `triton_python_backend_utils`, which only a server has."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ltx_engines.errors import UserError
-from ltx_engines.triton_model import ELEMENT_TYPES
+from ltx_engines.triton_model import ELEMENT_TYPES, Metric
 from ltx_trt.session.element_types import to_bfloat16, widened
 from ltx_trt.triton import dlpack
+from ltx_trt.triton.called_stages import Models
 from ltx_trt.triton.metrics import Meter, Series
 from ltx_trt.triton.responses import Refused, Response
 
@@ -111,20 +112,25 @@ def _words(text: bytes) -> Array:
 
 
 def meter(backend: Any, model: str) -> Meter:
-    kinds = {"counter": backend.MetricFamily.COUNTER, "gauge": backend.MetricFamily.GAUGE}
     families: dict[str, Any] = {}
 
-    def make(name: str, kind: str, text: str, labels: Mapping[str, str]) -> Series:
-        if name not in families:
-            families[name] = backend.MetricFamily(name=name, description=text, kind=kinds[kind])
-        series: Series = families[name].Metric(labels=dict(labels))
+    def make(metric: Metric, labels: Mapping[str, str]) -> Series:
+        if metric.name not in families:
+            families[metric.name] = backend.MetricFamily(
+                name=metric.name,
+                description=metric.text,
+                kind=getattr(backend.MetricFamily, metric.kind.upper()),
+            )
+        # a family lives as long as somebody has it, which `make` does
+        buckets = {"buckets": list(metric.buckets)} if metric.buckets else {}
+        series: Series = families[metric.name].Metric(labels=dict(labels), **buckets)
         return series
 
     return Meter(make, model)
 
 
-def caller(backend: Any) -> Callable[..., dict[str, Array]]:
-    """Asks another model of the same server, and waits for what it says."""
+def models(backend: Any) -> Models:
+    """Those of the same server: they are called, and what they say is waited for."""
 
     def call(model: str, feeds: Mapping[str, tuple[Array, str]], wanted: Mapping[str, str]) -> Any:
         request = backend.InferenceRequest(
@@ -138,7 +144,7 @@ def caller(backend: Any) -> Callable[..., dict[str, Array]]:
             raise UserError(f"model {model}: {response.error().message()}")
         return {t.name(): values(t, wanted.get(t.name(), "")) for t in response.output_tensors()}
 
-    return call
+    return Models(call, backend.is_model_ready)
 
 
 def tensor(backend: Any, name: str, array: Array, dtype: str) -> Any:

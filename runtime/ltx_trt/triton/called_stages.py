@@ -1,6 +1,7 @@
 """Stages that are models of the same server: the pipeline calls them instead of opening them."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,6 +13,7 @@ from ltx_engines.errors import UserError
 from ltx_engines.triton_plans import plans
 from ltx_trt.pipeline import Planned
 from ltx_trt.session import FLOATS, Array, Feeds, check_feeds
+from ltx_trt.session.bundle_stages import USED
 from ltx_trt.session.memory import Watch
 from ltx_trt.session.sizes import outputs
 
@@ -19,22 +21,37 @@ Call = Callable[[str, Mapping[str, tuple[Array, str]], Mapping[str, str]], dict[
 """Of a model's name, its feeds with their element types, and the element types of its results."""
 
 
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The others of the same server; `ready` is asked with a model's name."""
+
+    call: Call
+    ready: Callable[[str], bool]
+
+
 class CalledStages:
     """Implements Stages. The models have their weights, and say themselves what they take."""
 
-    def __init__(self, bundle: Path, call: Call) -> None:
+    def __init__(self, bundle: Path, models: Models) -> None:
         self.bundle: Bundle = open_bundle(bundle)
-        self._call = call
+        self._models = models
         self.watch: Watch | None = None
+        self.loras: tuple[str, ...] = ()
 
     def prepare(self, _: Planned, /) -> tuple[str, ...]:
+        """Each of them is asked first: the last one is called when all steps are done."""
+        if away := [stage for stage in USED if not self._models.ready(stage)]:
+            raise UserError(
+                f"the server has no {', '.join(away)} that is ready, and makes no clips without; "
+                "its log says why"
+            )
         return ()
 
     def __call__(self, stage: str) -> "CalledSession":
         entry = self.bundle.stage(stage)
         for plan in plans(self.bundle.manifest, stage).values():  # all have the same edges
             entry = entry.model_copy(update={"inputs": plan.inputs, "outputs": plan.outputs})
-        return CalledSession(stage, entry, self._call)
+        return CalledSession(stage, entry, self._models.call)
 
     def __enter__(self) -> Self:
         return self

@@ -19,8 +19,7 @@ from ltx_engines.shapes import VideoShape
 from ltx_trt.pipeline import Planned, generate, plan
 from ltx_trt.request import Request, Wishes, resolve
 from ltx_trt.session import Opened, OpenSession, Session
-from ltx_trt.session.bundle_stages import TRANSFORMER, EngineStages, Stages
-from ltx_trt.session.choice import USED
+from ltx_trt.session.bundle_stages import TRANSFORMER, USED, EngineStages, Stages
 from ltx_trt.session.memory import Watch
 from ltx_trt.triton.batching import Batcher, Limits
 

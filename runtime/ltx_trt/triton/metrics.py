@@ -1,8 +1,4 @@
-"""What a server's /metrics say of our requests, by the table of `ltx_engines.triton_model`.
-
-Servers before 24.12 have no histograms for Python models: there the sum and the count of one are
-two counters with the names that Prometheus gives them, so that the same queries work.
-"""
+"""What a server's /metrics say of our requests, by the table of `ltx_engines.triton_model`."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,20 +10,25 @@ from ltx_engines.triton_model import METRICS, Metric
 
 
 class Series(Protocol):
-    """One line of /metrics."""
+    """One line of /metrics; a histogram's observes, the others increment."""
 
     def increment(self, value: float) -> None: ...
 
+    def observe(self, value: float) -> None: ...
 
-MakeSeries = Callable[[str, str, str, Mapping[str, str]], Series]
-"""Of a name, a kind (counter or gauge), a text and labels."""
+
+MakeSeries = Callable[[Metric, Mapping[str, str]], Series]
+"""Of a family and the labels of one of its series."""
+
+Key = tuple[str, ...]
+"""A family's name, and the values of its labels."""
 
 FLUSH = 1.0
-"""Seconds. Each word to the server costs 0.2 ms of a step; more often nobody reads them."""
+"""Seconds. Words to the server cost time of a step, and more often nobody reads them."""
 
 
 class Meter:
-    """Adds up, and tells the server once a second and when a request ends. Thread-safe, which the
+    """Collects, and tells the server once a second and when a request ends. Thread-safe, which the
     server's series are not: two threads that increment at once end the whole server (24.10)."""
 
     def __init__(
@@ -35,82 +36,79 @@ class Meter:
     ) -> None:
         self._make, self._model, self._clock = make, model, clock
         self._rows = {metric.name: metric for metric in METRICS}
-        self._series: dict[tuple[str, ...], Series] = {}
-        self._sums: dict[tuple[str, ...], float] = {}
+        self._series: dict[Key, Series] = {}
+        self._sums: dict[Key, float] = {}
+        self._seen: list[tuple[Key, float]] = []
         self._lock = Lock()
         self._flushed = clock()
-        for metric in METRICS:  # so that they are there, with 0, before the first request
+        for metric in METRICS:  # so that they are there before the first request
             if not metric.labels:
-                for series in _series(metric):
-                    self._add({(series,): 0.0})
-        self.flush()
+                self._of((metric.name,))
 
     def step(self, seconds: float) -> None:
-        self._observe("ltx_step_seconds", seconds)
+        self._observe(seconds, "ltx_step_seconds")
 
     def stage(self, stage: str, seconds: float) -> None:
-        self._observe("ltx_stage_seconds", seconds, stage)
+        self._observe(seconds, "ltx_stage_seconds", stage)
 
     def shared(self, requests: int) -> None:
         """A pass of the transformer, for so many requests."""
-        self._observe("ltx_pass_requests", float(requests))
+        self._observe(float(requests), "ltx_pass_requests")
 
     def queued(self, seconds: float) -> None:
-        self._observe("ltx_queue_seconds", seconds)
+        self._observe(seconds, "ltx_queue_seconds")
 
     def ended(self, how: str) -> None:
         """done, cancelled or failed."""
-        self._add({(f"ltx_requests_{how}_total",): 1.0})
+        self._add(f"ltx_requests_{how}_total", 1.0)
         self.flush()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        self._add({("ltx_requests_running",): 1.0})
+        self._add("ltx_requests_running", 1.0)
         try:
             yield
         finally:
-            self._add({("ltx_requests_running",): -1.0})
+            self._add("ltx_requests_running", -1.0)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        self._add({("ltx_requests_waiting",): 1.0})
+        self._add("ltx_requests_waiting", 1.0)
         self.flush()
         try:
             yield
         finally:
-            self._add({("ltx_requests_waiting",): -1.0})
+            self._add("ltx_requests_waiting", -1.0)
             self.flush()
 
     def flush(self) -> None:
         with self._lock:
             sums, self._sums = self._sums, {}
-            for (name, *labels), value in sums.items():
-                self._of(name, tuple(labels)).increment(value)
+            seen, self._seen = self._seen, []
+            for key, value in sums.items():
+                self._of(key).increment(value)
+            for key, value in seen:
+                self._of(key).observe(value)
             self._flushed = self._clock()
 
-    def _observe(self, name: str, value: float, *labels: str) -> None:
-        total, count = _series(self._rows[name])
-        self._add({(total, *labels): value, (count, *labels): 1.0})
-
-    def _add(self, values: Mapping[tuple[str, ...], float]) -> None:
+    def _observe(self, value: float, *key: str) -> None:
         with self._lock:
-            for key, value in values.items():
-                self._sums[key] = self._sums.get(key, 0.0) + value
-            late = self._clock() - self._flushed > FLUSH
-        if late:
+            self._seen.append((key, value))
+        self._flush_in_time()
+
+    def _add(self, name: str, value: float) -> None:
+        with self._lock:
+            self._sums[name,] = self._sums.get((name,), 0.0) + value
+        self._flush_in_time()
+
+    def _flush_in_time(self) -> None:
+        if self._clock() - self._flushed > FLUSH:
             self.flush()
 
-    def _of(self, name: str, labels: tuple[str, ...]) -> Series:
-        if (name, *labels) not in self._series:
-            row = self._rows[name.removesuffix("_sum").removesuffix("_count")]
-            kind = "gauge" if row.kind == "gauge" else "counter"
+    def _of(self, key: Key) -> Series:
+        if key not in self._series:
+            name, *labels = key
+            row = self._rows[name]
             named = {"model": self._model, **dict(zip(row.labels, labels, strict=True))}
-            self._series[name, *labels] = self._make(name, kind, row.text, named)
-        return self._series[name, *labels]
-
-
-def _series(metric: Metric) -> tuple[str, ...]:
-    """What is counted for it."""
-    if metric.kind == "histogram":
-        return f"{metric.name}_sum", f"{metric.name}_count"
-    return (metric.name,)
+            self._series[key] = self._make(row, named)
+        return self._series[key]

@@ -14,7 +14,7 @@ from ltx_ref.checkpoint import CheckpointError
 from ltx_trt.backend import Backend, Choice
 from ltx_trt.session import Array, Session
 from ltx_trt.session.bundle_stages import EngineStages
-from ltx_trt.session.choice import open_stages
+from ltx_trt.session.choice import OpenDevice, open_stages
 from ltx_trt.triton import backend_words as words
 from ltx_trt.triton.requests import without_paths
 from ltx_trt.triton.responses import Refused, Status
@@ -23,13 +23,15 @@ FAILED = "the stage failed at this request; the server's log says why"
 
 
 @contextmanager
-def open_stage(bundle: Path, stage: str, settings: Settings) -> Iterator[Session]:
+def open_stage(
+    bundle: Path, stage: str, settings: Settings, *, open_device: OpenDevice | None = None
+) -> Iterator[Session]:
     """
     Raises:
         UserError: no bundle, or the stage does not run here.
     """
     choice = Choice(Backend(settings.backend), settings.threads)
-    with open_stages(bundle, choice) as stages:
+    with open_stages(bundle, choice, open_device=open_device) as stages:
         opened = stages.alone(stage) if isinstance(stages, EngineStages) else stages(stage)
         with opened as session:
             yield session

@@ -29,12 +29,12 @@ from ltx_trt.pipeline import (
     StepDone,
     generate,
 )
-from ltx_trt.session.bundle_stages import EngineStages
+from ltx_trt.session.bundle_stages import USED, EngineStages
 from ltx_trt.session.choice import open_stages
 from ltx_trt.triton import backend_words as words
 from ltx_trt.triton import requests
 from ltx_trt.triton.batching import Limits
-from ltx_trt.triton.called_stages import Call, CalledStages
+from ltx_trt.triton.called_stages import CalledStages, Models
 from ltx_trt.triton.kept_stages import ExclusiveStages, SharedStages, Studio
 from ltx_trt.triton.metrics import Meter
 from ltx_trt.triton.requests import Array, Order
@@ -102,20 +102,33 @@ def _told(event: Event) -> Iterator[dict[str, Any]]:
         yield {"event": "prompt", "tokens": event.tokens, "notes": event.notes}
 
 
-def open_studio(bundle: Path, settings: Settings, call: Call, meter: Meter) -> Studio:
-    """The stages of a bundle in the layout of the settings; `call` asks another model.
+def open_studio(bundle: Path, settings: Settings, models: Models, meter: Meter) -> Studio:
+    """The stages of a bundle in the layout of the settings, here or as `models`.
 
     Raises:
         UserError: no bundle, or it cannot be run here.
     """
     limits = Limits(settings.batch_delay, settings.at_once * len(BRANCHES))
     if settings.layout == "stages":
-        return SharedStages(CalledStages(bundle, call), limits, meter.shared)
+        return SharedStages(CalledStages(bundle, models), limits, meter.shared)
     choice = Choice(Backend(settings.backend), settings.threads, Keep.fitting)
     stages = open_stages(bundle, choice)
     if isinstance(stages, EngineStages):
         return ExclusiveStages(stages)
     return SharedStages(stages, limits, meter.shared)
+
+
+def check_stages(repository: Path) -> None:
+    """Whether they load is not known yet, but Triton says nothing of a model that is not there.
+
+    Raises:
+        UserError: a stage has no model, and the server must not say that it is ready.
+    """
+    if missing := [stage for stage in USED if not (repository / stage).is_dir()]:
+        raise UserError(
+            f"{repository} has no model {', '.join(missing)}; write it again: ltx-export triton "
+            "BUNDLE --layout stages --out REPO"
+        )
 
 
 class TritonPythonModel:
@@ -127,9 +140,12 @@ class TritonPythonModel:
         logging.basicConfig(format="ltx-trt: %(message)s")
         config = json.loads(args["model_config"])
         self._backend, self._settings = backend, read(words.parameters(config))
-        folder = Path(args["model_repository"]) / args["model_version"] / self._settings.bundle
+        home = Path(args["model_repository"])
+        if self._settings.layout == "stages":
+            check_stages(home.parent)
+        folder = home / args["model_version"] / self._settings.bundle
         self._meter = words.meter(backend, args["model_name"])
-        studio = open_studio(folder, self._settings, words.caller(backend), self._meter)
+        studio = open_studio(folder, self._settings, words.models(backend), self._meter)
         self._studio = studio.__enter__()
         # Whatever is beyond these places stays in Triton's own queue, where it can time out.
         self._places = BoundedSemaphore(self._settings.at_once)
