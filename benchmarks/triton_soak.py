@@ -3,8 +3,8 @@
     python benchmarks/triton_soak.py --requests 300 --concurrency 4 --out soak.json
 
 Clips of ltx-tiny of random shapes and seeds, some of them given up by their client, some of them
-wrong, all drawn from one seed. Every clip must be the one that the pipeline makes alone, but for
-the rounding of requests that were computed together; every wrong request must get its own line.
+wrong, all drawn from one seed. Every clip must be the one that the pipeline makes alone, byte for
+byte; every wrong request must get its own line.
 Wants `make triton`. The default is a short run.
 """
 
@@ -24,12 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # the server and the client of the tests
@@ -60,11 +56,6 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
 
 INTERVAL = 0.2
 """Seconds between two looks at the memory."""
-
-ROUNDING = 1.0
-"""Mean levels of 255 by which a pixel of the decoded file may differ where frames do at all: ONNX
-Runtime's products round otherwise in a larger batch (single pixels by 1, 2026-11), x264 spreads it.
-"""
 
 LIMIT = 1.05
 """Of the mean memory in the last third to that in the middle third."""
@@ -151,11 +142,11 @@ def expected(asks: Iterable[Ask]) -> dict[str, Clip]:
     return found
 
 
-ROUNDED, LOST = "rounded", "lost"
+LOST = "lost"
 
 
 def judged(one: Ask, seen: Outcome, clips: Mapping[str, Clip]) -> str:
-    """ROUNDED, LOST, what else is wrong with an answer, or an empty string."""
+    """LOST, what else is wrong with an answer, or an empty string."""
     if seen.status == "DEADLINE_EXCEEDED":
         return LOST
     if one.kind == "cancelled":
@@ -169,25 +160,8 @@ def judged(one: Ask, seen: Outcome, clips: Mapping[str, Clip]) -> str:
     if seen.steps != list(range(1, one.question.wishes["num_inference_steps"] + 1)):
         return f"steps {seen.steps}"
     wanted = clips[one.clip]
-    if (seen.report["sha256"], seen.video) == (wanted.frames, wanted.video):
-        return ""
-    return ROUNDED if distance(seen.video, wanted.video) <= ROUNDING else "another clip"
-
-
-def distance(one: bytes, other: bytes) -> float:
-    """Mean levels between the pixels of two files; infinite if they are of other sizes."""
-    first, second = decoded(one), decoded(other)
-    if first.shape != second.shape:
-        return float("inf")
-    return float(np.abs(first.astype(np.int16) - second).mean())
-
-
-def decoded(video: bytes) -> NDArray[np.uint8]:
-    import av
-
-    with av.open(BytesIO(video), "r") as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    return np.stack(frames)
+    same = (seen.report["sha256"], seen.video) == (wanted.frames, wanted.video)
+    return "" if same else "another clip"
 
 
 class Watched(Server):
@@ -274,8 +248,7 @@ def summed(
         "kinds": dict(Counter(one.kind for one in asks)),
         "different_clips": len(clips),
         "lost": problems.count(LOST),
-        "rounded": problems.count(ROUNDED),
-        "wrong": sum(problem not in ("", LOST, ROUNDED) for problem in problems),
+        "wrong": sum(problem not in ("", LOST) for problem in problems),
         "problems": dict(Counter(problem for problem in problems if problem).most_common(5)),
         "clip_median_s": round(statistics.median(waited), 3),
         "memory_thirds": [round(mean) for mean in (first, middle, last)],

@@ -14,6 +14,12 @@ Layout = Literal["single", "stages"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 """The whole pipeline in one model, or a model for each stage that it calls."""
 
+Batching = Literal["exact", "any", "none"]
+
+BATCHINGS: tuple[Batching, ...] = get_args(Batching)
+"""Steps of several requests are computed together where no bit of a clip depends on it, wherever
+their shapes are equal, or never."""
+
 IDLE = "none"
 """How a parameter says that nothing is set."""
 
@@ -28,6 +34,7 @@ class Settings:
     layout: Layout = "single"
     bundle: str = "bundle"
     at_once: int = 4
+    batching: Batching = "exact"
     batch_delay: float = 0.005
     most_pixels: int = 1216 * 704 * 257
     most_steps: int = 200
@@ -37,6 +44,9 @@ class Settings:
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise UserError(f"layout must be one of {', '.join(LAYOUTS)}, not {self.layout!r}")
+        if self.batching not in BATCHINGS:
+            known = ", ".join(BATCHINGS)
+            raise UserError(f"batching must be one of {known}, not {self.batching!r}")
         for name in ("at_once", "most_pixels", "most_steps", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
@@ -55,6 +65,7 @@ READERS: dict[str, Any] = {
     "layout": str,
     "bundle": str,
     "at_once": int,
+    "batching": str,
     "batch_delay": float,
     "most_pixels": int,
     "most_steps": int,

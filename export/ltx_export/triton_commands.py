@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ltx_engines.errors import UserError
-from ltx_engines.triton_settings import Layout, Settings
+from ltx_engines.triton_settings import Batching, Layout, Settings
 
 
 def triton(  # noqa: PLR0913 - options of a command
@@ -23,6 +23,13 @@ def triton(  # noqa: PLR0913 - options of a command
     at_once: Annotated[
         int, typer.Option(min=1, help="Requests that are computed together; others wait.")
     ] = Settings().at_once,
+    batching: Annotated[
+        Batching,
+        typer.Option(
+            help="Steps of several requests go together where that changes no bit of a clip, "
+            "wherever their shapes are equal (GPUs round otherwise then), or never."
+        ),
+    ] = "exact",
     batch_delay: Annotated[
         float,
         typer.Option(
@@ -53,7 +60,13 @@ def triton(  # noqa: PLR0913 - options of a command
         raise UserError("name a bundle and --out REPO, or a repository with --check REPO")
     from ltx_export.triton import config, repository
 
-    settings = Settings(layout=layout, at_once=at_once, batch_delay=batch_delay, threads=threads)
+    settings = Settings(
+        layout=layout,
+        at_once=at_once,
+        batching=batching,
+        batch_delay=batch_delay,
+        threads=threads,
+    )
     order = repository.Order(settings, config.Queue(size=queue), overwrite)
     models = repository.write(bundle, out, order)
     typer.echo(f"{out}: {', '.join(models)}; how to run it is in {out / 'README.md'}")

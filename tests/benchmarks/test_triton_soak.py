@@ -43,11 +43,10 @@ def test_the_clip_that_is_made_alone_is_right() -> None:
     assert judged(one, answer(one)) == ""
 
 
-def test_a_level_in_single_pixels_is_rounding_and_another_clip_is_not() -> None:
+def test_one_level_in_one_pixel_is_another_clip() -> None:
     one, near = clip(), FRAMES.copy()
     near[1, 3, 4, 0] += 1
-    assert judged(one, answer(one, near)) == soak.ROUNDED
-    assert judged(one, answer(one, RNG.integers(0, 200, FRAMES.shape, np.uint8))) == "another clip"
+    assert judged(one, answer(one, near)) == "another clip"
     assert judged(one, answer(one, FRAMES[:2])) == "another clip"
 
 

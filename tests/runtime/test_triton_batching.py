@@ -211,3 +211,57 @@ def test_many_lanes_of_many_shapes_come_and_go(delay: float, session: Doubler) -
     for calls, made in zip(given, together(batcher, given), strict=True):
         for call, velocity in zip(calls, made, strict=True):
             np.testing.assert_array_equal(velocity, expected(call))
+
+
+class Rounder(Doubler):
+    """Adds what no request has: with `odd` lanes' rows or more together, it rounds otherwise."""
+
+    def __init__(self, odd: int) -> None:
+        super().__init__(seconds=0.001)
+        self.odd = odd
+
+    def __call__(self, feeds: Any) -> dict[str, Any]:
+        made = super().__call__(feeds)
+        error = np.float32(1e-6 if len(feeds["latents"]) >= self.odd else 0)
+        return {name: array + error for name, array in made.items()}
+
+
+@pytest.mark.parametrize(("odd", "most"), [(4, 2), (6, 4), (100, 8)])
+def test_who_shares_a_pass_is_seen_in_no_bit(odd: int, most: int) -> None:
+    """What rounds otherwise together goes together once; what does not, from then on."""
+    session = Rounder(odd)
+    batcher = Batcher(session, ENTRY, Limits(delay=0.5, rows=8, batching="exact"))
+    given = [[feeds(0.1 * lane + step) for step in range(12)] for lane in range(4)]
+    for calls, made in zip(given, together(batcher, given), strict=True):
+        for call, velocity in zip(calls, made, strict=True):
+            np.testing.assert_array_equal(velocity, expected(call))
+    assert max(session.rows[len(session.rows) // 2 :]) == most
+
+
+def test_lanes_that_cannot_go_together_do_not_wait_for_each_other() -> None:
+    batcher = Batcher(Rounder(3), ENTRY, Limits(delay=5.0, rows=8, batching="exact"))
+    given = [[feeds(float(lane))] * 6 for lane in range(2)]
+    started = time.monotonic()
+    together(batcher, given)
+    with batcher.lane() as first, batcher.lane() as second:
+        second(feeds(1.0))
+        first(feeds(1.0))
+    assert time.monotonic() - started < 4
+
+
+def test_without_batching_every_pass_has_the_rows_of_one_lane(session: Doubler) -> None:
+    batcher = Batcher(session, ENTRY, Limits(delay=30.0, rows=100, batching="none"))
+    started = time.monotonic()
+    together(batcher, [[feeds(float(lane))] * 4 for lane in range(3)])
+    assert session.rows == [2] * 12
+    assert time.monotonic() - started < 5
+
+
+def test_sizes_that_clients_choose_do_not_fill_the_memory(
+    session: Doubler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ltx_trt.triton.batching.KNOWN", 3)
+    batcher = Batcher(session, ENTRY, Limits(delay=0.5, rows=8, batching="exact"))
+    for tokens in range(1, 12):
+        together(batcher, [[feeds(1.0, tokens=tokens)] * 2] * 2)
+        assert len(batcher._exact) <= 3

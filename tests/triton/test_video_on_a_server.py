@@ -92,7 +92,10 @@ def test_eight_at_once_are_each_as_if_alone(running: Server, run_alone: RunAlone
     assert passes < shared / 1.5, f"{passes:g} passes for {shared:g} steps: nothing was shared"
 
 
-def test_requests_of_other_shapes_do_not_meet(running: Server, run_alone: RunAlone) -> None:
+def test_requests_of_any_shapes_at_once_are_each_as_if_alone(
+    running: Server, run_alone: RunAlone
+) -> None:
+    """Half as wide and a third as long are as many tokens; together they would round otherwise."""
     sizes = [{"width": 96}, {"width": 64}, {"num_frames": 9}, {}]
     wishes = [{**CLIP, "num_inference_steps": 3, **size} for size in sizes]
     with ThreadPoolExecutor(4) as pool:

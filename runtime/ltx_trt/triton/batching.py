@@ -7,9 +7,14 @@
 Rows are put together along the axis that the tensor table calls `batch`; sigmas and prompts may
 differ. A lane that is alone never waits. With others of its shape it waits for them until the delay
 is over; whoever is there then goes. There is one pass at a time.
+
+A product over more rows may be divided otherwise among threads, and then rounds otherwise: which
+sizes do is known to nobody but the library (ONNX Runtime's CPU, 2 threads: 64 rows and 128). Where
+it matters that a clip does not depend on who else asked, the first pass of each size and number is
+computed both ways; from then on only those go together whose bits were the same.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Condition
@@ -20,6 +25,7 @@ from typing import Self
 import numpy as np
 
 from ltx_engines.bundle import StageEntry, TensorEntry
+from ltx_engines.triton_settings import Batching
 from ltx_trt.session import Array, Feeds, Session
 
 BATCH = "batch"
@@ -34,6 +40,19 @@ class Limits:
 
     delay: float
     rows: int
+    batching: Batching = "any"
+
+    @property
+    def most(self) -> int:
+        """Rows of one pass of several lanes."""
+        return 0 if self.batching == "none" else self.rows
+
+
+Together = tuple[Key, tuple[int, ...]]
+"""Of a pass: what is equal in its lanes, and the rows of each."""
+
+KNOWN = 4096
+"""Sizes and numbers that are remembered: clients choose them."""
 
 
 @dataclass(slots=True)
@@ -71,6 +90,7 @@ class Batcher:
         self._waiting: list[_Call] = []
         self._lanes: dict[int, Key | None] = {}
         self._running = False
+        self._exact: dict[Together, bool] = {}
 
     @contextmanager
     def lane(self) -> Iterator["Lane"]:
@@ -125,16 +145,24 @@ class Batcher:
         """Nobody else of this shape could come, or no more rows would go."""
         alike = [call for call in self._waiting if call.key == key]
         lanes = sum(found == key for found in self._lanes.values())
-        return len(alike) >= lanes or sum(call.rows for call in alike) >= self._limits.rows
+        rows = tuple(call.rows for call in alike)
+        full = sum(rows) >= self._limits.most
+        return full or len(alike) >= lanes or not self._allowed((key, (*rows, rows[0])))
+
+    def _allowed(self, together: Together) -> bool:
+        """What is not known may go, and is known then."""
+        return self._exact.get(together, True)
 
     def _take(self, first: _Call) -> list[_Call]:
         """The oldest of its shape, itself among them."""
         taken, rows = [first], first.rows
         for call in self._waiting:
-            fits = call.key == first.key and rows + call.rows <= self._limits.rows
+            fits = call.key == first.key and rows + call.rows <= self._limits.most
             if call is not first and fits:
                 taken.append(call)
                 rows += call.rows
+        while len(taken) > 1 and not self._allowed(_together(taken)):
+            taken.pop()
         for call in taken:
             call.taken = True
         self._waiting = [call for call in self._waiting if not call.taken]
@@ -161,6 +189,16 @@ class Batcher:
     def _pass(self, calls: list[_Call]) -> list[dict[str, Array]]:
         if len(calls) == 1:
             return [self._session(calls[0].feeds)]
+        made, together = self._put_together(calls), _together(calls)
+        if self._limits.batching == "any" or together in self._exact:
+            return made
+        alone = [self._session(call.feeds) for call in calls]
+        if len(self._exact) >= KNOWN:
+            self._exact.clear()
+        self._exact[together] = all(map(_same_bits, made, alone))
+        return alone
+
+    def _put_together(self, calls: list[_Call]) -> list[dict[str, Array]]:
         feeds = {
             name: np.concatenate([call.feeds[name] for call in calls], self._inputs[name])
             for name in calls[0].feeds
@@ -190,6 +228,14 @@ class Lane:
         trace: TracebackType | None,
     ) -> None:
         pass
+
+
+def _together(calls: Sequence[_Call]) -> Together:
+    return calls[0].key, tuple(call.rows for call in calls)
+
+
+def _same_bits(one: Mapping[str, Array], other: Mapping[str, Array]) -> bool:
+    return all(array.tobytes() == other[name].tobytes() for name, array in one.items())
 
 
 def _axis(tensor: TensorEntry) -> int:

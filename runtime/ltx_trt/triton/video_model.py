@@ -108,7 +108,8 @@ def open_studio(bundle: Path, settings: Settings, models: Models, meter: Meter) 
     Raises:
         UserError: no bundle, or it cannot be run here.
     """
-    limits = Limits(settings.batch_delay, settings.at_once * len(BRANCHES))
+    rows = settings.at_once * len(BRANCHES)
+    limits = Limits(settings.batch_delay, rows, settings.batching)
     if settings.layout == "stages":
         return SharedStages(CalledStages(bundle, models), limits, meter.shared)
     choice = Choice(Backend(settings.backend), settings.threads, Keep.fitting)
