@@ -23,6 +23,11 @@ def commands() -> list[str]:
 ELSEWHERE = {
     "make test": (".ci/run", "make test"),
     "pip install '.[onnxruntime]'": ("tests/test_install.py", "[onnxruntime]"),
+    'ltx-trt client --url grpc://localhost:8001 --prompt "a red circle moves right on a blue '
+    'background" -o demo/triton.mp4': (
+        "tests/triton/test_client_on_a_server.py",
+        'startswith("ltx-trt client")',
+    ),
 }
 
 

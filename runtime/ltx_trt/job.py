@@ -72,6 +72,18 @@ class Voice:
                     f"ltx-trt: {note}", markup=False, highlight=False, soft_wrap=True
                 )
 
+    def progress(self) -> Progress:
+        """A bar, where somebody sees it; it goes when it is done."""
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -166,17 +178,9 @@ def _check_outputs(job: Job, request: Request) -> media.Output:
 
 def _follow(request: Request, stages: Stages, voice: Voice) -> list[Event]:
     """All events, shown while they come."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
     heard: list[Event] = []
     with (
-        Progress(
-            *columns, console=voice.console, transient=True, disable=not voice.console.is_terminal
-        ) as progress,
+        voice.progress() as progress,
         closing(generate(request, stages.bundle, stages)) as events,
     ):
         task = progress.add_task("text_encoder", total=None)

@@ -1,6 +1,7 @@
 """`ltx-trt client`, the example and the metrics on a real Triton server."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ pytest.importorskip("tritonclient.grpc")
 
 from ltx_engines.triton_model import METRICS
 from ltx_trt import cli
+from tests.test_readme import commands
 from tests.triton.conftest import RunAlone
 from tests.triton.server import Server
 
@@ -48,6 +50,19 @@ def test_the_client_writes_the_bytes_of_a_run(
 ) -> None:
     assert cli.main(words(single, tmp_path / "out.mp4", **CLIP)) == 0
     assert (tmp_path / "out.mp4").read_bytes() == run_alone(**CLIP)[0]
+
+
+def test_the_readmes_command_writes_the_bytes_of_a_run(
+    single: Server, run_alone: RunAlone, tmp_path: Path
+) -> None:
+    """But for the port, and the folder that it writes to."""
+    (line,) = (line for line in commands() if line.startswith("ltx-trt client"))
+    output = tmp_path / "triton.mp4"
+    here = {"grpc://localhost:8001": f"grpc://127.0.0.1:{single.grpc}", "demo/triton.mp4": output}
+    said = [str(here.pop(word, word)) for word in shlex.split(line)[1:]]
+    assert here == {}
+    assert cli.main(said) == 0
+    assert output.read_bytes() == run_alone(prompt=PROMPT)[0]
 
 
 def test_the_client_writes_pictures_too(single: Server, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ltx_engines.errors import UserError
 from ltx_engines.triton_model import INPUTS, VIDEO
@@ -220,16 +219,8 @@ def _text(raw: bytes) -> bytes:
 
 def _watched(call: Call, voice: Voice) -> Answer:
     """The last answer; the others are shown while they come."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
     with (
-        Progress(
-            *columns, console=voice.console, transient=True, disable=not voice.console.is_terminal
-        ) as progress,
+        voice.progress() as progress,
         closing(follow(call)) as answers,
     ):
         task = progress.add_task("waiting", total=None)
