@@ -230,7 +230,9 @@ def measured(asks: list[Ask], layout: str, concurrency: int) -> dict[str, Any]:
         "concurrency": concurrency,
         "wall_s": round(seconds, 1),
         "leftovers": len(server.left),
-        "counted": {name: n for name, n in sorted(figures.items()) if "requests" in name},
+        "counted": {
+            name: n for name, n in sorted(figures.items()) if name.startswith("ltx_requests")
+        },
     }
 
 

@@ -4,7 +4,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ class Doubler:
             raise self.error
         return {"velocity": 2 * feeds["latents"] + feeds["mask"].sum(0)[:, None, None]}
 
-    def __enter__(self) -> "Doubler":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

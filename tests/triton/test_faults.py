@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,17 +191,27 @@ def break_a_stage(folder: Path) -> Callable[[], object]:
 def rows(
     write_repository: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Row]:
+    """Side by side: most of it is waiting for servers to end."""
     single, stages = write_repository("single"), write_repository("stages")
     folder = tmp_path_factory.mktemp("faults")
-    with started(single) as server:
-        found = [*refusals(server), client_gone(server)]
-        next_one, ready = stub_killed(server)
-    with started(single) as again:
-        found += after_a_kill(next_one, ready, put(again, Question(WISHES)))
-    found.append(spoilt("a changed byte in the bundle", single, folder / "byte", change_a_byte))
-    found.append(spoilt("a stage is missing", stages, folder / "missing", take_a_stage_away))
-    found.append(spoilt("a stage fails to load", stages, folder / "broken", break_a_stage))
+    spoils = [
+        ("a changed byte in the bundle", single, folder / "byte", change_a_byte),
+        ("a stage is missing", stages, folder / "missing", take_a_stage_away),
+        ("a stage fails to load", stages, folder / "broken", break_a_stage),
+    ]
+    with ThreadPoolExecutor(3) as pool:
+        spoilt_rows = [pool.submit(spoilt, *words) for words in spoils]
+        found = [*of_one_server(single), *(row.result() for row in spoilt_rows)]
     return {row.fault: row for row in found}
+
+
+def of_one_server(repository: Path) -> Iterator[Row]:
+    with started(repository) as server:
+        yield from refusals(server)
+        yield client_gone(server)
+        next_one, ready = stub_killed(server)
+    with started(repository) as again:
+        yield from after_a_kill(next_one, ready, put(again, Question(WISHES)))
 
 
 def test_the_table_is_what_clients_see(rows: dict[str, Row]) -> None:
