@@ -169,22 +169,24 @@ Decoupled: one request, many responses, over a gRPC stream (over HTTP:
 
 `event` is JSON: `planned` with `steps`, `stage`, `prompt`, `step` with `index` and `total`; in the
 last response `done` with the report. There `video` is an MP4, or `frames` the pixels if `format` is
-"frames". {_seeds(service)} A client that goes away, or cancels, ends its request
-before the next step.
+"frames". A client that goes away, or cancels, ends its request before the next step.
+
+{_filled(_seeds(service))}
 """
 
 
 def _seeds(service: Service) -> str:
-    """In three lines."""
     if service.facts.settings.batching == "any":
-        return """A seed gives the bytes of `ltx-trt run` when nobody else asks; of requests that
-are computed together single pixels may round otherwise, by a level of 255 (`--batching exact`
-does not let them).
-"""
-    return """A seed gives the bytes of `ltx-trt run`, whoever else asks: steps go together only
-where that changes no bit, which the first of each size are held against (on GPUs that is
-seldom so; `--batching any` shares there too).
-"""
+        return (
+            "A seed gives the bytes of `ltx-trt run` when nobody else asks; of requests that are "
+            "computed together single pixels may round otherwise, by a level of 255 (`--batching "
+            "exact` does not let them)."
+        )
+    return (
+        "A seed gives the bytes of `ltx-trt run`, whoever else asks: steps of several requests go "
+        "together only where that changes no bit, which the first of each size are held against. "
+        "On GPUs that is seldom so; `--batching any` shares there too."
+    )
 
 
 def _rows(tensors: Iterable[Wire]) -> str:
