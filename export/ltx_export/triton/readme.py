@@ -52,9 +52,10 @@ or `docker compose up --build`, or `kubectl apply -f kubernetes.yaml` with an im
 can pull and a claim `{NAME}-models` that holds this folder.
 
 The server is published on loopback only; nobody may load or unload models
-(`--model-control-mode=none`). What Triton tells of itself ({", ".join(CLOSED)}) wants the
-header `{ADMIN}`, over gRPC `triton-grpc-protocol-{ADMIN}`, with the word above, which was drawn
-when this folder was written: its index of models, for one, names files of the server.
+(`--model-control-mode=none`). What Triton tells of itself
+({", ".join(CLOSED)}) wants the header `{ADMIN}`, over gRPC
+`triton-grpc-protocol-{ADMIN}`, with the word above, which was drawn when this folder was written:
+its index of models, for one, names files of the server.
 
 Ask for clips with
 `ltx-trt client --url grpc://localhost:{GRPC} --prompt "..." -o clip.mp4`, or as `client.py` does.
