@@ -27,17 +27,16 @@ from platformdirs import user_cache_dir
 from pydantic import ValidationError
 
 from ltx_engines import engine_entry, hashes, strict
+from ltx_engines.defaults import Defaults as Defaults
 from ltx_engines.engine_entry import EngineEntry as EngineEntry
 from ltx_engines.engine_entry import TensorEntry as TensorEntry
 from ltx_engines.errors import UserError, nearest
 from ltx_engines.file_entry import FileEntry as FileEntry
 from ltx_engines.manifest import FORMAT_VERSION as FORMAT_VERSION
 from ltx_engines.manifest import OLDEST_VERSION, loose_end
-from ltx_engines.manifest import Defaults as Defaults
 from ltx_engines.manifest import Manifest as Manifest
 from ltx_engines.manifest import ModelFacts as ModelFacts
 from ltx_engines.manifest import NoiseBlock as NoiseBlock
-from ltx_engines.manifest import PerStep as PerStep
 from ltx_engines.manifest import Precision as Precision
 from ltx_engines.manifest import QuantizationEntry as QuantizationEntry
 from ltx_engines.manifest import QuantizedFormat as QuantizedFormat

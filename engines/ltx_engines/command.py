@@ -43,7 +43,7 @@ def invoke(
     except errors as error:
         return _complain(name, _said(error), 2)
     except usage_error as error:
-        return _complain(name, f"{error.format_message()} ({name} --help)", 2)
+        return _complain(name, _misused(error, name), 2)
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     finally:
@@ -72,6 +72,13 @@ def _said(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def _misused(error: Any, name: str) -> str:
+    """With the help of the command that was meant. Of a word that a type of ours refused, click
+    quotes the exception's kind as well."""
+    said = error.format_message().replace("Value error, ", "")
+    return f"{said} ({name if error.ctx is None else error.ctx.command_path} --help)"
 
 
 def _complain(name: str, message: str, code: int) -> int:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ltx_engines.cache_key import Profile
+from ltx_engines.defaults import Defaults
 from ltx_engines.engine_entry import EngineEntry, TensorEntry
 from ltx_engines.errors import nearest
 from ltx_engines.file_entry import Count, FileEntry, Frozen
@@ -13,15 +14,14 @@ from ltx_engines.providers import Provider
 from ltx_engines.shapes import SPACE, TIME
 from ltx_engines.stages import FLOAT, OPTIONAL, SAMPLER_STEP, STAGES, Tensor
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 OLDEST_VERSION = 1
-"""Its manifests say nothing of engines; all that they say is understood."""
+"""Its manifests say nothing of engines, those of 2 nothing of a second pass; all that they say is
+understood."""
 
 Precision = Literal["float32", "float16", "bfloat16"]
 QuantizedFormat = Literal["fp8", "int8", "fp8-cast", "int8-wo", "int4-wo", "nvfp4"]
 StgMode = Literal["attention_values", "attention_skip", "transformer_block"]
-PerStep = float | tuple[float, ...]
-"""One number for the whole run, or one for each of the guidance timesteps."""
 
 
 class QuantizationEntry(Frozen):
@@ -87,29 +87,6 @@ class SchedulerFacts(Frozen):
     target_shift_terminal: float | None = None
     sampler: Literal["Uniform", "LinearQuadratic", "Constant"] = "Uniform"
     shift: float | None = None
-
-
-class Defaults(Frozen):
-    """What a run does when nobody says otherwise; the values are the original base config's."""
-
-    width: Count = 1216
-    height: Count = 704
-    num_frames: Count = 121
-    frame_rate: Annotated[float, Field(gt=0)] = 30.0
-    num_inference_steps: Count = 40
-    timesteps: tuple[float, ...] | None = None
-    skip_initial_inference_steps: Annotated[int, Field(ge=0)] = 0
-    skip_final_inference_steps: Annotated[int, Field(ge=0)] = 0
-    guidance_scale: PerStep = 3.0
-    stg_scale: PerStep = 1.0
-    rescaling_scale: PerStep = 0.7
-    skip_block_list: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = (19,)
-    guidance_timesteps: tuple[float, ...] | None = None
-    cfg_star_rescale: bool = False
-    stochastic_sampling: bool = False
-    decode_timestep: float = 0.05
-    decode_noise_scale: float = 0.025
-    negative_prompt: str = "worst quality, inconsistent motion, blurry, jittery, distorted"
 
 
 class Manifest(Frozen):

@@ -21,6 +21,8 @@ def problem(error: ValidationError, data: Any, model: type[BaseModel]) -> str:
         return f"unknown key {where}{nearest(str(first['loc'][-1]), _known(first['loc'], model))}"
     if first["type"] == "missing":
         return "missing key " + f"{where}.{first['loc'][-1]}".removeprefix(".")
+    if first["type"] == "model_type" and " or instance of " in first["msg"]:
+        return f"{where} should hold keys and values, not {short(first['input'])}"
     # A union says one thing for each of its members.
     wishes = [p["msg"] for p in problems if _dotted(p["loc"], data) == where]
     wish = " or ".join(dict.fromkeys(w.partition(" should ")[2] or w for w in wishes))

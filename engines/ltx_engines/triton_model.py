@@ -5,10 +5,19 @@ Server, client, configuration, check and README read these tables.
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from ltx_engines.manifest import Manifest
 
 VIDEO = "ltx_video"
 """The model that makes clips; the others are stages."""
+
+
+def served(manifest: "Manifest") -> tuple[str, ...]:
+    """The stages of a server's clips, in order of use. No request brings an image to encode."""
+    upsampler = () if manifest.defaults.second is None else ("latent_upsampler",)
+    return ("text_encoder", "transformer", *upsampler, "vae_decoder")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ltx_engines import host
 from ltx_engines.byte_sizes import said
 from ltx_engines.cache_key import Part, Profile
 from ltx_engines.errors import UserError
 from ltx_engines.targets import Target
-from ltx_export import host
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ltx_engines import presets
 from ltx_engines.command import invoke
 from ltx_engines.errors import UserError
 from ltx_export import debug_commands, engine_commands, quantization_commands, triton_commands
@@ -18,6 +19,7 @@ from ltx_export.options import (
     Mode,
     Placement,
     Precisions,
+    Preset,
     Weights,
     chosen_stages,
 )
@@ -48,6 +50,7 @@ def onnx(  # noqa: PLR0913 - options of a command
     pipeline_config: Annotated[
         Path | None, typer.Option(help="An original ltxv-*.yaml: the bundle's defaults.")
     ] = None,
+    preset: Preset = None,
     stg_mode: Mode = None,
     precision: Annotated[
         Precisions | None,
@@ -79,7 +82,7 @@ def onnx(  # noqa: PLR0913 - options of a command
         text_encoder=text_encoder,
         upsampler=upsampler,
         stages=chosen,
-        pipeline_config=pipeline_config,
+        pipeline_config=presets.chosen(pipeline_config, preset),
         stg_mode=stg_mode.value if stg_mode else None,
         precision=precision.value if precision else None,
         loras=tuple(lora),
@@ -178,14 +181,19 @@ def plan(  # noqa: PLR0913 - options of a command
     gpu: Annotated[
         list[str], typer.Option(help="rtx4090, h200, sm89, ...; may be repeated; else a set.")
     ] = [],  # noqa: B006 - typer copies it
+    preset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A run by it, maybe in two passes: see ltx-trt presets."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Of a run; else the model's usual.")] = None,
     branches: Annotated[
         int | None, typer.Option(help="1, or more for guidance: CFG and STG add one each.")
     ] = None,
     text_tokens: Annotated[int | None, typer.Option(help="Of a prompt; else 256.")] = None,
-    per_token: Annotated[
-        bool, typer.Option("--per-token", help="A timestep for each token, as for given images.")
-    ] = False,
+    conditioning: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="With given images, N of them after frame 0."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     ignore_config_key: IgnoreKeys = [],  # noqa: B006 - typer copies it
 ) -> None:
@@ -194,7 +202,7 @@ def plan(  # noqa: PLR0913 - options of a command
     check_packages("plan")
     from ltx_export import plan as planning
     from ltx_export import plan_report, sources, stage_plan
-    from ltx_export.plan_question import Question, usual
+    from ltx_export.plan_question import Question, by_preset, usual
     from ltx_ref.text import MAX_LENGTH
 
     wanted = chosen_stages(stages)
@@ -208,8 +216,12 @@ def plan(  # noqa: PLR0913 - options of a command
         steps=usual_steps if steps is None else steps,
         branches=usual_branches if branches is None else branches,
         text_tokens=MAX_LENGTH if text_tokens is None else text_tokens,
-        per_token=per_token,
+        conditioning=conditioning,
     )
+    if preset is not None:
+        if steps is not None or branches is not None:
+            raise UserError("--preset says --steps and --branches; leave them out")
+        question = by_preset(question, preset, found.config)
     choice = stage_plan.choose(found, wanted)
     parts = stage_plan.parts(found, question, choice.stages)
     made = planning.make(question, parts, choice.left_out)

@@ -115,7 +115,7 @@ def of(order: Order) -> Target:
     cards = tuple(map(targets.find, gpus))
     flavour = engine_refusals.flavour(cards, order.backend)
     text = engine_profiles.text_tokens(bundle.manifest)
-    buckets = Buckets((order.shape,), order.branches, text)
+    buckets = Buckets((order.shape,), order.branches, text, passes=1)
     bundle.stage(order.stage)
     profile, *_ = engine_profiles.profiles(order.stage, bundle.manifest, buckets)
     numbers = tuple(sorted({one.capability for one in cards}))

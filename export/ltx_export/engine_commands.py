@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from ltx_engines import presets
 from ltx_engines.errors import UserError
 from ltx_engines.targets import Flavour
 from ltx_export.console import check_packages, follow
-from ltx_export.options import IgnoreKeys, Placement, Weights, chosen_stages
+from ltx_export.options import IgnoreKeys, Placement, Preset, Weights, chosen_stages
 
 
 class Backends(StrEnum):
@@ -75,6 +76,7 @@ def build_engine(  # noqa: PLR0913 - options of a command
     text_encoder: Annotated[Path | None, typer.Option(help="Beside a checkpoint: T5.")] = None,
     upsampler: Annotated[Path | None, typer.Option(help="Beside a checkpoint.")] = None,
     pipeline_config: Annotated[Path | None, typer.Option(help="Beside a checkpoint.")] = None,
+    preset: Preset = None,
     weights: Placement = Weights.link,
     ignore_config_key: IgnoreKeys = [],  # noqa: B006 - typer copies it
     backend: Annotated[
@@ -84,9 +86,20 @@ def build_engine(  # noqa: PLR0913 - options of a command
         int | None,
         typer.Option(min=1, max=3, help="Of guidance at most; else as the model's defaults."),
     ] = None,
-    per_token: Annotated[
-        bool, typer.Option("--per-token", help="Also a timestep for each token, as for images.")
-    ] = False,
+    passes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=2, help="2: a --shape is made in two; 1: as it is; else by the defaults."
+        ),
+    ] = None,
+    conditioning: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Also for given images, N of them after frame 0; a video there counts twice.",
+        ),
+    ] = None,
     vae_tile: Annotated[
         str | None,
         typer.Option(metavar="WxHxF", help="What the VAE takes at once, in the place of clips."),
@@ -162,7 +175,8 @@ def build_engine(  # noqa: PLR0913 - options of a command
         stages=chosen,
         backend=None if backend is None or on_graphs else _flavour(backend),
         branches=branches,
-        per_token=per_token,
+        conditioning=conditioning,
+        passes=passes,
         optimization_level=optimization_level,
         workspace=None if workspace is None else _bytes(workspace),
         allow_fallback=allow_fallback,
@@ -185,7 +199,7 @@ def build_engine(  # noqa: PLR0913 - options of a command
         text_encoder=text_encoder,
         upsampler=upsampler,
         stages=chosen,
-        pipeline_config=pipeline_config,
+        pipeline_config=presets.chosen(pipeline_config, preset),
         weights=weights.value,
         ignore_config_keys=tuple(ignore_config_key),
     )

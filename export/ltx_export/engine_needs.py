@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ltx_engines import host
 from ltx_engines.errors import UserError
-from ltx_export import host
 from ltx_export.build_job import Built, Job
 
 if TYPE_CHECKING:

@@ -14,14 +14,16 @@ from ltx_export.block_groups import Split
 @dataclass(frozen=True, slots=True)
 class Order:
     """None leaves a choice to the bundle or to the builder. Without `split` the transformer stays
-    as it is split in the bundle. `workspace` and `host_memory` are in bytes."""
+    as it is split in the bundle. `conditioning` are keyframes at most, `passes` those of a clip:
+    see `engine_profiles`. `workspace` and `host_memory` are in bytes."""
 
     gpus: tuple[str, ...]
     shapes: tuple[str, ...]
     stages: tuple[str, ...] | None = None
     backend: Flavour | None = None
     branches: int | None = None
-    per_token: bool = False
+    conditioning: int | None = None
+    passes: int | None = None
     optimization_level: int | None = None
     workspace: int | None = None
     allow_fallback: bool = False

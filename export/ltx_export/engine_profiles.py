@@ -5,14 +5,16 @@ A clip is a bucket: a profile of its own, with kernels of its own, while the wei
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
-from ltx_engines.bundle import Manifest, StageEntry, TensorEntry
+from ltx_engines.bundle import Defaults, Manifest, StageEntry, TensorEntry
 from ltx_engines.cache_key import Profile, Range
 from ltx_engines.shapes import VideoShape
 from ltx_export import axes
 from ltx_export.build import Shapes
-from ltx_export.plan_question import clip
+from ltx_export.pass_shapes import FIRST, SECOND, of_passes
+from ltx_export.pass_shapes import ends as ends
 from ltx_ref.text import MAX_LENGTH
 
 
@@ -20,15 +22,19 @@ from ltx_ref.text import MAX_LENGTH
 class Buckets:
     """`shapes` are `WxHxF` or `WxHxF..WxHxF`; `branches` are the transformer's passes of a step.
 
-    `per_token` adds to each clip a profile with a timestep for each token, as images need it.
-    `vae_tile` is a shape too: the VAE's stages take it in the place of the clips.
+    `conditioning` adds to each clip a profile for given images: with a timestep for each token, and
+    room for so many keyframes' tokens before the clip's own (a sequence after frame 0 takes two).
+    `vae_tile` is a shape too: the VAE's stages take it in the place of the clips. With two `passes`
+    a shape is that of the whole clip, and the stages see those of its passes; None is as the
+    bundle's defaults.
     """
 
     shapes: tuple[str, ...]
     branches: int
     text_tokens: int
-    per_token: bool = False
+    conditioning: int | None = None
     vae_tile: str | None = None
+    passes: int | None = None
 
     def words(self, stage: str) -> tuple[str, ...]:
         """The shapes of a stage."""
@@ -42,13 +48,8 @@ VAE = frozenset({"vae_encoder", "vae_decoder"})
 
 
 def usual_branches(manifest: Manifest) -> int:
-    """The prompt's, and one each for CFG and STG where the bundle's defaults have them."""
-    defaults = manifest.defaults
-    return 1 + (_largest(defaults.guidance_scale) > 1) + (_largest(defaults.stg_scale) > 0)
-
-
-def _largest(scale: float | tuple[float, ...]) -> float:
-    return max(scale) if isinstance(scale, tuple) else scale
+    """Of any step, by the bundle's defaults."""
+    return max(wanted.branches() for wanted in manifest.defaults.passes)
 
 
 def text_tokens(manifest: Manifest) -> int:
@@ -59,7 +60,7 @@ def profiles(stage: str, manifest: Manifest, buckets: Buckets) -> tuple[Profile,
     """One for each clip, or what a clip is to this stage, without doubles."""
     entry, derived = manifest.stages[stage], _derived(manifest)
     found: list[Profile] = []
-    for sizes in _sizes(stage, buckets):
+    for sizes in _sizes(stage, replace(buckets, shapes=_seen(stage, manifest.defaults, buckets))):
         profile = {name: _size(name, sizes, derived) for name in names(entry)}
         if profile not in found:
             found.append(profile)
@@ -85,6 +86,21 @@ def shapes(entry: StageEntry, profile: Profile) -> dict[str, Shapes]:
     }
 
 
+def _seen(stage: str, defaults: Defaults, buckets: Buckets) -> tuple[str, ...]:
+    """The shapes that a stage sees of each clip."""
+    two = defaults.second is not None if buckets.passes is None else buckets.passes > 1
+    if not two:
+        return buckets.shapes
+    scales = SCALES.get(stage, (FIRST, SECOND))
+    return of_passes(buckets.shapes, defaults.downscale_factor, scales)
+
+
+SCALES: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {"latent_upsampler": (FIRST,), "vae_decoder": (SECOND,)}
+)
+"""What a stage sees of a clip in two passes; the others see both."""
+
+
 def _derived(manifest: Manifest) -> dict[str, axes.Derived]:
     scales = {int(n.name.rpartition("_")[2]): n.scale for n in manifest.model.noise_blocks}
     return {**axes.DERIVED, **axes.noise_axes(scales)}
@@ -94,22 +110,29 @@ def _sizes(stage: str, buckets: Buckets) -> Iterator[dict[str, Range]]:
     """The free axes of each bucket, and `timesteps`, which is free in an engine."""
     batch = {"transformer": buckets.branches, "text_encoder": min(buckets.branches, 2)}
     most = batch.get(stage, 1)
+    keyframes = buckets.conditioning
     for word in buckets.words(stage):
         sizes = _grid(*ends(word)) | {"batch": (1, most, most), "text": _fixed(buckets.text_tokens)}
+        if stage == "vae_encoder":
+            yield from _readings(sizes, sequences=keyframes is not None)
+            continue
         yield sizes | {"timesteps": (1, 1, 1)}
-        if buckets.per_token and stage == "transformer":
-            yield sizes | {"timesteps": sizes["tokens"]}
-        if stage == "vae_encoder":  # an image that a clip begins with
-            yield sizes | {"latent_frames": (1, 1, 1)}
+        if keyframes is not None and stage == "transformer":
+            yield sizes | _conditioned(sizes, keyframes)
 
 
-def ends(word: str) -> tuple[VideoShape, VideoShape]:
-    """
-    Raises:
-        UserError: it is neither `WxHxF` nor `WxHxF..WxHxF`.
-    """
-    least, between, most = word.partition("..")
-    return clip(least), clip(most if between else least)
+def _readings(sizes: dict[str, Range], *, sequences: bool) -> Iterator[dict[str, Range]]:
+    """A clip, or a sequence of any length in it, and an image."""
+    _, likely, most = sizes["latent_frames"]
+    yield sizes | {"latent_frames": (1, likely, most)} if sequences else sizes
+    yield sizes | {"latent_frames": (1, 1, 1)}
+
+
+def _conditioned(sizes: Mapping[str, Range], keyframes: int) -> dict[str, Range]:
+    """Tuned for as many as there may be."""
+    least, _, most = sizes["tokens"]
+    most += keyframes * sizes["latent_height"][2] * sizes["latent_width"][2]
+    return dict.fromkeys(("tokens", "timesteps"), (least, most, most))
 
 
 def _grid(least: VideoShape, most: VideoShape) -> dict[str, Range]:

@@ -130,7 +130,7 @@ def _check_options(order: Order) -> None:
     for option, value in (
         ("--text-encoder", order.text_encoder),
         ("--upsampler", order.upsampler),
-        ("--pipeline-config", order.pipeline_config),
+        ("--pipeline-config or --preset", order.pipeline_config),
         ("--ignore-config-key", order.ignore_config_keys or None),
     ):
         if value is not None:

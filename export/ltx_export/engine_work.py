@@ -97,7 +97,9 @@ def _key(opened: Bundle, stage: str, order: Order) -> EngineKey:
     flavour = engine_refusals.flavour(wanted, order.backend)
     branches = order.branches or engine_profiles.usual_branches(manifest)
     text = engine_profiles.text_tokens(manifest)
-    buckets = Buckets(order.shapes, branches, text, order.per_token, order.vae_tile)
+    buckets = Buckets(
+        order.shapes, branches, text, order.conditioning, order.vae_tile, order.passes
+    )
     options = {"optimization level": order.optimization_level, "workspace": order.workspace}
     options["weight streaming"] = 1 if order.weight_streaming else None
     options[refittable.OPTION] = 1 if order.refittable and stage == STAGE else None

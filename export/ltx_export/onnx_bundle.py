@@ -137,9 +137,9 @@ def check(order: Order) -> Checked:
     found = sources.read(
         order.checkpoint, order.text_encoder, order.upsampler, order.ignore_config_keys
     )
-    chosen = order.stages or _all_stages(order)
+    chosen = order.stages or (*stages.STAGES, *(stages.OPTIONAL if order.upsampler else ()))
     _check_options(order, chosen)
-    pipeline = pipeline_defaults.read(order.pipeline_config, found.config, order.stg_mode)
+    pipeline = pipeline_defaults.read(order.pipeline_config, found.config, order.stg_mode, chosen)
     graphs = Graphs(found.model(pipeline.stg_mode))
     sources.check_fit(found, chosen, graphs)
     adapters = lora_fit.read(lora.parse(order.loras), found.checkpoint) if order.loras else ()
@@ -235,11 +235,6 @@ def _check_names(found: Sources, chosen: tuple[str, ...]) -> None:
             raise UserError(
                 f"{header.path} and {taken[key]} would both be {key} in the bundle; rename one"
             )
-
-
-def _all_stages(order: Order) -> tuple[str, ...]:
-    """The base pipeline's, and the upsampler if there is one."""
-    return (*stages.STAGES, *(stages.OPTIONAL if order.upsampler else ()))
 
 
 def _files(found: Sources, chosen: tuple[str, ...]) -> Iterator[Header]:

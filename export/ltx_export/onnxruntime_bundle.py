@@ -61,7 +61,9 @@ def check(folder: Path, order: Order) -> Checked:
     known = order.stages or tuple(stage for stage in manifest.stages if stage != SAMPLER_STEP)
     branches = order.branches or engine_profiles.usual_branches(manifest)
     text = engine_profiles.text_tokens(manifest)
-    buckets = Buckets(order.shapes, branches, text, order.per_token, order.vae_tile)
+    buckets = Buckets(
+        order.shapes, branches, text, order.conditioning, order.vae_tile, order.passes
+    )
     entries = {}
     for stage in known:
         found = providers.possible(stage, opened.stage(stage))

@@ -39,6 +39,10 @@ Placement = Annotated[
 Mode = Annotated[
     StgModes | None, typer.Option(help="What guidance by perturbed blocks does to them.")
 ]
+Preset = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="In place of --pipeline-config: see ltx-trt presets."),
+]
 IgnoreKeys = Annotated[
     list[str],
     typer.Option(

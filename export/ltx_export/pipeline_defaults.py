@@ -3,7 +3,6 @@
 From the original's configs/ltxv-*.yaml if one is given, else what those files say for such a model.
 """
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ltx_engines import pipeline_config, strict
+from ltx_engines import pipeline_config, presets, strict
 from ltx_engines.bundle import Defaults, SchedulerFacts, StgMode
+from ltx_engines.defaults import Pass
 from ltx_engines.errors import UserError
 from ltx_engines.pipeline_config import PipelineConfig
+from ltx_engines.stages import STAGES
 from ltx_ref.ltx_video.config import ModelConfig
 from ltx_ref.text import MAX_LENGTH
 
@@ -34,27 +35,34 @@ class Pipeline:
     max_length: int
 
 
-def read(path: Path | None, config: ModelConfig, stg_mode: StgMode | None) -> Pipeline:
-    """The configuration of the file, or that of the model alone; a given `stg_mode` wins.
+def read(
+    path: Path | None,
+    config: ModelConfig,
+    stg_mode: StgMode | None,
+    stages: tuple[str, ...] = (),
+) -> Pipeline:
+    """The configuration of the file, or that of the model alone; a given `stg_mode` wins. A bundle
+    of all stages is to be run as it says.
 
     Raises:
-        UserError: the file is no configuration of a base pipeline, or does not fit the model.
+        UserError: the file is no configuration of a pipeline, or does not fit the model.
     """
     told = PipelineConfig() if path is None else pipeline_config.load(path)
-    for note in told.notes():
+    distilled = config.allowed_inference_steps is not None
+    layers = config.transformer.num_layers
+    notes = told.notes()
+    if (release := told.release()) is not None:
+        notes += presets.fit(release, told.title(), layers, distilled=distilled)
+    for note in notes:
         log.warning("%s: %s", path, note)
-    table = of_model(config) | {
-        key: value for key in Defaults.model_fields if (value := getattr(told, key)) is not None
-    }
-    if told.num_inference_steps is not None:
-        table["timesteps"] = None
-    elif told.timesteps is not None:
-        table["num_inference_steps"] = len(told.timesteps)
-    try:
-        defaults = Defaults.model_validate_json(json.dumps(table), strict=True)
-    except ValidationError as error:
-        raise UserError(f"{path}: {strict.problem(error, table, Defaults)}") from None
-    _check_blocks(defaults, config.transformer.num_layers, path)
+    defaults = pipeline_config.over(Defaults(**of_model(config)), told)
+    if defaults.second and set(STAGES) <= set(stages) and "latent_upsampler" not in stages:
+        raise UserError(
+            f"{path} makes two passes with a latent upsampler between them; give its file with "
+            "--upsampler, such as ltxv-spatial-upscaler-0.9.8.safetensors"
+        )
+    for wanted in defaults.passes:
+        _check_fit(wanted, layers, distilled, path)
     return Pipeline(
         defaults,
         pipeline_config.SCHEDULES[told.sampler or "from_checkpoint"] or scheduler_facts(config),
@@ -103,11 +111,14 @@ def _stg_mode(told: PipelineConfig, path: Path | None) -> StgMode:
     )
 
 
-def _check_blocks(defaults: Defaults, layers: int, path: Path | None) -> None:
-    listed = defaults.skip_block_list or ()
-    flat = [b for entry in listed for b in (entry if isinstance(entry, tuple) else (entry,))]
-    for block in flat:
+def _check_fit(wanted: Pass, layers: int, distilled: bool, path: Path | None) -> None:
+    """A block that no step leaves out may be one that there is not, as in the distilled configs."""
+    for block in wanted.perturbed():
         if not 0 <= block < layers:
             raise UserError(
                 f"{path}: skip_block_list names block {block}, this model has 0 to {layers - 1}"
             )
+    try:
+        wanted.check_guidance(distilled=distilled)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

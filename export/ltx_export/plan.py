@@ -6,7 +6,8 @@
     plan_report.show(plan, console), plan_report.document(plan)
 
 Everything follows from the graphs at the largest clip of the question (`graph_costs.py`) and from
-the table of GPUs; a latent upsampler is counted as if that clip were what it reads. What is not in
+the table of GPUs; a latent upsampler is counted as if that clip were what it reads, unless the
+question is of two passes: then the clip is the second one's. What is not in
 a graph was measured (`benchmarks/plan.py`) and is a named constant of stage_plan.py or fitting.py.
 Seconds are a bound, not a promise: each kernel at the vendor's full rate or bandwidth, whichever
 takes longer.
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ltx_engines import targets
-from ltx_engines.shapes import VideoShape
+from ltx_engines.shapes import ENLARGES, VideoShape
 from ltx_export.fitting import Verdict, verdict
 from ltx_export.plan_question import Question, largest
 from ltx_export.stage_plan import Part, StagePlan, Workshop, stage_plan
@@ -42,7 +43,9 @@ class Plan:
 
     def run_seconds(self, verdict: Verdict) -> float | None:
         """A whole clip: the prompt once, every step, the decoder; None where it cannot be built."""
-        calls = {"text_encoder": 1, "transformer": self.question.steps, "vae_decoder": 1}
+        steps = self.question.steps + self.question.first_steps / ENLARGES**2  # by their tokens
+        calls = {"text_encoder": 1, "transformer": steps, "vae_decoder": 1}
+        calls |= {"latent_upsampler": 1} if self.question.first_steps else {}
         known = verdict.seconds
         return sum(known.get(name, 0.0) * n for name, n in calls.items()) if known else None
 

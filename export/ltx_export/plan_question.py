@@ -1,16 +1,18 @@
 """What a plan is asked: clips, precisions, GPUs, and what they mean for the weights of a stage."""
 
-import re
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from types import MappingProxyType
 
+from ltx_engines import pipeline_config, presets
 from ltx_engines.bundle import Defaults
 from ltx_engines.bundle import Precision as FloatType
 from ltx_engines.errors import UserError, nearest
-from ltx_engines.shapes import VideoShape
+from ltx_engines.shapes import VideoShape, parse
 from ltx_engines.targets import PRECISIONS, Precision
+from ltx_export import pass_shapes
 from ltx_ref.checkpoint import TensorInfo
 from ltx_ref.ltx_video.config import ModelConfig
 from ltx_ref.quantization import CALIBRATED, Format, Layer
@@ -33,6 +35,8 @@ STORED_AS: Mapping[Format, Precision] = MappingProxyType(
 )
 NO_LAYERS: Mapping[str, Layer] = MappingProxyType({})
 
+log = logging.getLogger(__name__)
+
 MOST_BRANCHES = 3
 """The prompt's, and one each for CFG and STG."""
 
@@ -43,8 +47,9 @@ class Question:
 
     `precision` is the transformer's; None takes its weights as they are. `rest_precision` is the
     other stages', see `rest`. `branches` are the transformer's passes of one step: the prompt's,
-    and one each for CFG and STG. `per_token` plans a timestep for each token, as conditioning on
-    images needs it.
+    and one each for CFG and STG. `conditioning` plans for given images, so many of them after
+    frame 0: a timestep for each token, and the tokens of these images. `first_steps` are those of a
+    pass before, at half the sides, with a latent upsampler between the two.
     """
 
     shapes: tuple[str, ...] = ("1216x704x121",)
@@ -54,7 +59,8 @@ class Question:
     steps: int = 40
     branches: int = MOST_BRANCHES
     text_tokens: int = MAX_LENGTH
-    per_token: bool = False
+    conditioning: int | None = None
+    first_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "branches", "text_tokens"):
@@ -131,19 +137,7 @@ def largest(words: Sequence[str]) -> VideoShape:
         UserError: one is not a shape, or not one that the model can make.
     """
     ends = [end for word in words for end in word.split("..")]
-    return max((clip(end) for end in ends), key=lambda shape: shape.tokens)
-
-
-def clip(word: str) -> VideoShape:
-    """
-    Raises:
-        UserError: it is not `WxHxF`, or not a clip that the model can make.
-    """
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", word.strip())
-    if not match:
-        raise UserError(f"shape {word!r} is not WIDTHxHEIGHTxFRAMES; an example is 1216x704x121")
-    width, height, frames = map(int, match.groups())
-    return VideoShape(frames, height, width)
+    return max((parse(end) for end in ends), key=lambda shape: shape.tokens)
 
 
 def number(
@@ -214,6 +208,26 @@ def float_type(
 ) -> FloatType:
     """The element type that a stage's graph must have for this question."""
     return FLOATS[number(stage, question, tensors, layers).base]
+
+
+def by_preset(question: Question, name: str, config: ModelConfig) -> Question:
+    """The question for a run by a preset: its steps, its branches, and its larger pass.
+
+    Raises:
+        UserError: there is no such preset, or it is for another model.
+    """
+    preset = presets.find(name)
+    told = pipeline_config.load(presets.named(name))
+    distilled, layers = config.allowed_inference_steps is not None, config.transformer.num_layers
+    for note in presets.fit(preset.release, told.title(), layers, distilled=distilled):
+        log.warning("%s", note)
+    defaults = pipeline_config.over(Defaults(), told)
+    branches = max(wanted.branches() for wanted in defaults.passes)
+    *first, steps = preset.steps
+    shapes = question.shapes
+    if first:
+        shapes = pass_shapes.of_passes(shapes, defaults.downscale_factor, [pass_shapes.SECOND])
+    return replace(question, shapes=shapes, steps=steps, branches=branches, first_steps=sum(first))
 
 
 def usual(config: ModelConfig) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ltx_engines.shapes import ENLARGES
 from ltx_engines.targets import GIGA, TERA
 from ltx_export.fitting import ARENA, RESERVED, Residency, Tiling, Verdict, needs
 from ltx_export.graph_costs import INT32_MAX
@@ -37,7 +38,8 @@ def show(plan: Plan, console: Console) -> None:
     question, shape = plan.question, plan.shape
     console.print(
         f"{shape.width}x{shape.height}x{shape.frames}: {shape.tokens:,} tokens, {question.steps} "
-        f"steps of {question.branches} branch{'es' if question.branches > 1 else ''}",
+        f"steps of {question.branches} branch{'es' if question.branches > 1 else ''}"
+        f"{_before(plan)}",
         highlight=False,
     )
     if plan.left_out:
@@ -51,6 +53,13 @@ def show(plan: Plan, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _before(plan: Plan) -> str:
+    if not (steps := plan.question.first_steps):
+        return ""
+    sides = plan.shape.width // ENLARGES, plan.shape.height // ENLARGES
+    return f", after {steps} steps at {sides[0]}x{sides[1]}"
 
 
 def _left_out(plan: Plan) -> str:
@@ -163,6 +172,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "shape": {"width": shape.width, "height": shape.height, "frames": shape.frames},
         "tokens": shape.tokens,
         "steps": plan.question.steps,
+        "first_steps": plan.question.first_steps,
         "branches": plan.question.branches,
         "stages": {stage.name: _stage_document(stage, plan) for stage in plan.stages},
         "not_counted": dict(plan.left_out),

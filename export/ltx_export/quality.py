@@ -16,13 +16,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from ltx_engines import pipeline_config, prompts
-from ltx_engines.bundle import Defaults, open_bundle
+from ltx_engines import metrics, perceptual, pipeline_config, prompts
+from ltx_engines.bundle import open_bundle
 from ltx_engines.errors import UserError
+from ltx_engines.metrics import Frames, Measures
+from ltx_engines.perceptual import Lpips
 from ltx_engines.pipeline_config import PipelineConfig
-from ltx_export import metrics, perceptual, runtime_process
-from ltx_export.metrics import Frames, Measures
-from ltx_export.perceptual import Lpips
+from ltx_export import runtime_process
 from ltx_export.runtime_process import Batch, Made, Terms
 
 COLUMNS, THUMBNAIL = 6, 160
@@ -248,29 +248,22 @@ def _names(bundles: Sequence[Path]) -> list[str]:
 
 def _check_defaults(order: Order) -> None:
     """What the bundles do by themselves is the same, but for what the config decides anyway."""
-    config = None
+    told = PipelineConfig()
     if order.pipeline_config is not None:
-        config = pipeline_config.load(order.pipeline_config)
-    wanted = open_bundle(order.reference).manifest.defaults
+        told = pipeline_config.load(order.pipeline_config)
+    wanted = pipeline_config.over(open_bundle(order.reference).manifest.defaults, told)
     for bundle in order.bundles:
         if os.path.samefile(bundle, order.reference):
             raise UserError(f"{bundle} is the reference itself; name another bundle")
         if sum(os.path.samefile(bundle, other) for other in order.bundles) > 1:
             raise UserError(f"{bundle} is named twice; name each bundle once")
-        found = open_bundle(bundle).manifest.defaults
-        for key in _differing(found, wanted, config):
-            raise UserError(
-                f"{bundle} has {key} {getattr(found, key)}, the reference "
-                f"{getattr(wanted, key)}; give both one --pipeline-config that says it"
-            )
-
-
-def _differing(found: Defaults, wanted: Defaults, config: PipelineConfig | None) -> list[str]:
-    return [
-        key
-        for key in type(found).model_fields
-        if getattr(found, key) != getattr(wanted, key) and getattr(config, key, None) is None
-    ]
+        found = pipeline_config.over(open_bundle(bundle).manifest.defaults, told)
+        for key in type(found).model_fields:
+            if (one := getattr(found, key)) != (other := getattr(wanted, key)):
+                raise UserError(
+                    f"{bundle} has {key} {one}, the reference {other}; give both one "
+                    "--pipeline-config that says it"
+                )
 
 
 def _check_terms(bundle: Path, found: Terms, wanted: Terms) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ltx_engines.errors import UserError
-from ltx_export.metrics import PEAK, PSNR_CAP, SCALE_WEIGHTS, WINDOW, Frames, scales
+from ltx_engines.metrics import PEAK, PSNR_CAP, SCALE_WEIGHTS, WINDOW, Frames, scales
 from ltx_export.quality import Comparison, Minima, Quality
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ltx_engines.command import INTERRUPTED
 from ltx_engines.errors import UserError
-from ltx_export.metrics import Frames
+from ltx_engines.metrics import Frames
 
 RUNTIME = "ltx_trt"
 
@@ -97,7 +97,8 @@ def clips(batch: Batch, folder: Path) -> Generator[Made, None, None]:
         ) as process,
     ):
         try:
-            yield from map(_read, process.stdout or ())
+            for line in process.stdout or ():
+                yield _read(batch, line)
         except BaseException:
             process.terminate()
             raise
@@ -105,9 +106,11 @@ def clips(batch: Batch, folder: Path) -> Generator[Made, None, None]:
             raise _failure(batch, code, errors)
 
 
-def _read(line: str) -> Made:
-    """A report of the runtime, `ltx_trt.job.Report`."""
+def _read(batch: Batch, line: str) -> Made:
+    """A report of the runtime, `ltx_trt.job.Report`, or why there is none."""
     told = json.loads(line)
+    if told.get("state") == "failed":
+        raise UserError(f"{batch.bundle}: {told['reason']}")
     facts = {name: told[name] for name in Terms.__slots__}
     return Made(Path(told["output"]), Terms(**facts | {"sigmas": tuple(told["sigmas"])}))
 

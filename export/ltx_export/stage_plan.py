@@ -9,7 +9,7 @@ from types import MappingProxyType
 import onnx_ir as ir
 
 from ltx_engines.errors import UserError
-from ltx_engines.shapes import VideoShape
+from ltx_engines.shapes import ENLARGES, VideoShape
 from ltx_engines.stages import OPTIONAL, STAGES
 from ltx_engines.targets import Precision
 from ltx_export.axes import DERIVED, Derived
@@ -175,19 +175,21 @@ class Workshop:
 
     def axes(self, stage: str, grid: Grid) -> dict[str, int]:
         frames, rows, columns = grid
+        if stage == "latent_upsampler" and self.question.first_steps:  # it reads the pass before
+            rows, columns = rows // ENLARGES, columns // ENLARGES
         branches = self.question.branches
         batch = {"transformer": branches, "text_encoder": min(branches, 2)}
         axes = {
             "batch": batch.get(stage, 1),
             "text": self.question.text_tokens,
-            "tokens": frames * rows * columns,
+            "tokens": (frames + (self.question.conditioning or 0)) * rows * columns,
             "latent_frames": frames,
             "latent_height": rows,
             "latent_width": columns,
         }
         for name, rule in self.parts[stage].derived.items():
             axes[name] = rule.factor * axes[rule.root] + rule.offset
-        return axes if self.question.per_token else axes | {"timesteps": 1}
+        return axes | {"timesteps": 1} if self.question.conditioning is None else axes
 
 
 def stage_plan(name: str, workshop: Workshop) -> StagePlan:

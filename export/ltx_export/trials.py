@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ltx_engines import metrics
 from ltx_engines.errors import UserError
-from ltx_export import calibrate, metrics, quantize, selection
+from ltx_engines.metrics import Frames
+from ltx_export import calibrate, quantize, selection
 from ltx_export.calibration import Calibration
-from ltx_export.metrics import Frames
 from ltx_export.recipes import Recipe
 from ltx_export.selection import Choice, Ranking
 from ltx_ref.checkpoint import read_header

@@ -313,6 +313,9 @@ def test_defaults_are_the_original_base_configs() -> None:
         "decode_timestep": 0.05,
         "decode_noise_scale": 0.025,
         "negative_prompt": "worst quality, inconsistent motion, blurry, jittery, distorted",
+        "tone_map_compression_ratio": 0.0,
+        "second": None,
+        "downscale_factor": 0.6666666,
     }
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from enum import StrEnum
 
 import pytest
 import typer
@@ -45,6 +46,37 @@ def test_wrong_words_are_one_line_too(capsys: pytest.CaptureFixture[str]) -> Non
     assert said.count("\n") == 1
     assert "--count" in said
     assert "tool --help" in said
+
+
+def test_a_wrong_word_of_a_command_points_to_the_help_of_that_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    commands = app(None)
+    commands.command("rest")(lambda: None)
+    for words, wanted in (
+        (["work", "--cuont", "1"], "tool work --help"),
+        (["wrok"], "tool --help"),
+    ):
+        assert invoke(commands, "tool", words) == 2
+        assert capsys.readouterr().err.endswith(f"({wanted})\n")
+
+
+def test_a_word_of_no_choice_is_refused_without_the_name_of_an_exception(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Size(StrEnum):
+        small = "small"
+
+    commands = typer.Typer(pretty_exceptions_enable=False)
+
+    @commands.command()
+    def work(size: Size | None = None) -> None:
+        print(size)
+
+    assert invoke(commands, "tool", ["--size", "huge"]) == 2
+    said = capsys.readouterr().err
+    assert "'huge' is not" in said
+    assert "alue error" not in said
 
 
 def test_a_bug_keeps_its_traceback() -> None:

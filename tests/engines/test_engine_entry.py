@@ -9,6 +9,7 @@ import pytest
 
 from ltx_engines import bundle
 from ltx_engines.bundle import (
+    FORMAT_VERSION,
     MANIFEST,
     Bundle,
     EngineEntry,
@@ -249,9 +250,9 @@ def test_a_manifest_of_the_first_version_opens_and_is_written_as_one_of_this(
     del data["engines"]
     (folder / MANIFEST).write_text(json.dumps(data | {"format_version": 1}), encoding="utf-8")
     opened = open_bundle(folder, cache=cache).manifest
-    assert (opened.format_version, opened.engines) == (2, ())
+    assert (opened.format_version, opened.engines) == (FORMAT_VERSION, ())
     bundle.update(folder, opened)
-    assert json.loads((folder / MANIFEST).read_bytes())["format_version"] == 2
+    assert json.loads((folder / MANIFEST).read_bytes())["format_version"] == FORMAT_VERSION
 
 
 def test_an_engine_survives_the_manifest(folder: Path, cache: Path, entry: Entry) -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from ltx_engines.errors import UserError
-from ltx_engines.shapes import SPACE, TIME, VideoShape, snap
+from ltx_engines.shapes import SPACE, TIME, VideoShape, parse, snap
 
 
 def original(frames: int, height: int, width: int) -> tuple[int, int, int]:
@@ -75,3 +75,13 @@ def test_nothing_is_snapped_out_of_nothing(wish: int) -> None:
         sizes = {"frames": 9, "height": 64, "width": 64, name: wish}
         with pytest.raises(UserError, match=f"{name} must be at least 1, not {wish}$"):
             snap(**sizes)
+
+
+def test_a_shape_is_written_as_width_height_and_frames() -> None:
+    assert parse(" 1216x704x121 ") == VideoShape(121, 704, 1216)
+
+
+@pytest.mark.parametrize("word", ["", "64x64", "64*64*9", "64x64x9x1", "-64x64x9", "6\u0664x64x9"])
+def test_what_is_no_shape_is_said_with_an_example(word: str) -> None:
+    with pytest.raises(UserError, match=r"is not WIDTHxHEIGHTxFRAMES; .* 1216x704x121$"):
+        parse(word)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ltx_engines import targets
+from ltx_engines import host, targets
 from ltx_engines.bundle import Bundle, open_bundle
 from ltx_engines.errors import UserError
-from ltx_export import block_groups, cli, engine_needs, fitting, host, stage_plan
+from ltx_export import block_groups, cli, engine_needs, fitting, stage_plan
 from ltx_export.block_groups import STAGE, Room, evenly, number
 from tests.export import quantized_files
 

@@ -18,7 +18,7 @@ pytest.importorskip("tensorrt_rtx", reason="the builder is an extra")
 
 import torch
 
-from ltx_engines import bundle
+from ltx_engines import bundle, host
 from ltx_engines.bundle import EngineEntry, open_bundle
 from ltx_engines.errors import UserError
 from ltx_export import (
@@ -27,7 +27,6 @@ from ltx_export import (
     cli,
     engine_bundle,
     engine_work,
-    host,
     known_bad,
     layer_table,
 )
@@ -104,6 +103,19 @@ def test_what_has_not_changed_is_up_to_date_and_no_builder_is_started(
 ) -> None:
     assert built(copy) == 0
     assert capsys.readouterr().out == f"{copy}: up to date (transformer)\n"
+
+
+def test_it_can_be_built_for_given_images_too(copy: Path) -> None:
+    """A timestep for each token, in room for a keyframe: with the same kernels as without."""
+    assert built(copy, "--conditioning", "1") == 0
+    (engine,) = of_transformer(copy)
+    plain, given = engine.key.profiles
+    assert (plain["tokens"], plain["timesteps"]) == ((8, 8, 8), (1, 1, 1))
+    assert given["tokens"] == given["timesteps"] == (8, 12, 12)
+    assert engine.counts["products in FP8"] == 2 * 10, "of two profiles"
+    assert engine.counts["fused attentions"] == 2 * 2
+    (work, *_) = engine_bundle.check(copy, order()).work
+    assert work.sentence() == "transformer: it has 2 profiles, now there is 1"
 
 
 def test_nothing_heavy_is_loaded_to_see_that_all_is_up_to_date(copy: Path) -> None:

@@ -14,11 +14,11 @@ pytest.importorskip("tensorrt_rtx", reason="its version is in every key")
 
 import torch
 
-from ltx_engines import bundle, hashes
+from ltx_engines import bundle, hashes, host
 from ltx_engines.bundle import open_bundle
 from ltx_engines.errors import UserError
 from ltx_engines.stages import SAMPLER_STEP
-from ltx_export import build_process, cli, engine_bundle, engine_files, host, step_graph
+from ltx_export import build_process, cli, engine_bundle, engine_files, step_graph
 from ltx_export.engine_order import Order
 from ltx_ref.checkpoint import read_header
 from tests.export import quantized_files, stand_in_builder

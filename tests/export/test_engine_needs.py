@@ -8,8 +8,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from ltx_engines import host
 from ltx_engines.errors import UserError
-from ltx_export import engine_needs, host, stage_plan
+from ltx_export import engine_needs, stage_plan
 from ltx_export.build_job import Built, Job
 from ltx_export.engine_needs import Needs
 

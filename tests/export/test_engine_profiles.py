@@ -57,10 +57,27 @@ def test_the_encoder_reads_a_clip_or_its_first_image(exported: Exported) -> None
 
 
 def test_given_images_need_a_timestep_for_each_token(exported: Exported) -> None:
-    buckets = replace(BUCKETS, shapes=("256x192x9",), per_token=True)
+    buckets = replace(BUCKETS, shapes=("256x192x9",), conditioning=0)
     one, each = engine_profiles.profiles("transformer", exported.bundle.manifest, buckets)
     assert one["timesteps"] == (1, 1, 1)
-    assert each["timesteps"] == each["tokens"]
+    assert each["timesteps"] == each["tokens"] == one["tokens"]
+
+
+def test_keyframes_have_room_before_the_clips_own_tokens(exported: Exported) -> None:
+    buckets = replace(BUCKETS, shapes=("256x192x9",), conditioning=3)
+    one, each = engine_profiles.profiles("transformer", exported.bundle.manifest, buckets)
+    clip = VideoShape(9, 192, 256).tokens
+    with_keyframes = clip + 3 * 6 * 8
+    assert one["tokens"] == (clip, clip, clip)
+    assert each["tokens"] == each["timesteps"] == (clip, with_keyframes, with_keyframes)
+
+
+def test_given_sequences_may_be_shorter_than_the_clip(exported: Exported) -> None:
+    buckets = replace(BUCKETS, shapes=("256x192x17",), conditioning=2)
+    sequence, image = engine_profiles.profiles("vae_encoder", exported.bundle.manifest, buckets)
+    assert sequence["latent_frames"] == (1, 3, 3)
+    assert sequence["frames"] == (1, 17, 17)
+    assert image["frames"] == (1, 1, 1)
 
 
 def test_a_range_is_tuned_for_its_last_clip(exported: Exported) -> None:

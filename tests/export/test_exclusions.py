@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from ltx_engines import metrics
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
 from ltx_export import (
@@ -16,7 +17,6 @@ from ltx_export import (
     calibration,
     cli,
     exclusions,
-    metrics,
     quantize,
     recipes,
     sensitivity,

@@ -123,6 +123,33 @@ def test_a_prompts_length_and_a_timestep_for_each_token_can_be_asked_for(
 ) -> None:
     usual = planned(capsys, "--stages", "transformer")["stages"]["transformer"]
     short = planned(capsys, "--stages", "transformer", "--text-tokens", "16")
-    each = planned(capsys, "--stages", "transformer", "--per-token")
+    each = planned(capsys, "--stages", "transformer", "--conditioning", "0")
     assert short["stages"]["transformer"]["flops_per_call"] < usual["flops_per_call"]
     assert each["stages"]["transformer"]["io"] > usual["io"]
+
+
+def test_a_preset_of_two_passes_is_planned_at_its_second_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    upsampler = write_upsampler(tmp_path / "up.safetensors", latent_channels())
+    words = (*TEXT, "--upsampler", str(upsampler), "--gpu", "rtx4090")
+    plain = planned(capsys, *words)
+    found = planned(capsys, *words, "--preset", "ltxv-13b-0.9.8-dev")
+    assert found["shape"] == {"width": 320, "height": 320, "frames": 17}  # then cut to SMALL
+    assert (found["steps"], found["first_steps"], found["branches"]) == (13, 27, 3)
+    rows = [document["stages"]["latent_upsampler"] for document in (found, plain)]
+    assert rows[0]["flops_per_call"] < rows[1]["flops_per_call"]  # 160x160, 256x256
+    whole, each = found["gpus"][0]["run_seconds"], found["gpus"][0]["seconds"]
+    once = sum(each[stage] for stage in ("text_encoder", "latent_upsampler", "vae_decoder"))
+    assert whole == pytest.approx(once + (13 + 27 / 4) * each["transformer"])
+
+
+def test_a_preset_says_steps_and_branches_and_is_told_before_the_plan(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = planned(capsys, "--preset", "ltxv-2b-0.9.6-distilled")
+    assert (found["steps"], found["first_steps"], found["branches"]) == (8, 0, 1)
+    assert cli.main(["plan", str(CHECKPOINT), "--preset", "ltxv-2b-0.9", "--steps", "3"]) == 2
+    assert "leave them out" in capsys.readouterr().err
+    assert cli.main(["plan", str(CHECKPOINT), *SMALL, "--preset", "ltxv-13b-0.9.8-dev"]) == 0
+    assert "13 steps of 3 branches, after 27 steps at " in capsys.readouterr().out

@@ -161,7 +161,7 @@ def test_a_text_encoder_without_tokenizer(
         ("guidence_scale: 3", "unknown key guidence_scale; did you mean 'guidance_scale'?"),
         ("skip_block_list: [19]", "names block 19, this model has 0 to 1"),
         ("guidance_scale: much", "guidance_scale should"),
-        ("pipeline_type: multi-scale", "need a latent_upsampler stage"),
+        ("pipeline_type: multi-scale", "first_pass is missing"),
         ("stg_mode: residual", "changes nothing in these models"),
         ("stg_mode: values", "unknown stg_mode 'values'"),
         ("a: [", "is not YAML"),

@@ -14,6 +14,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 from ltx_engines import bundle as bundles
 from ltx_engines import triton_settings
 from ltx_engines.bundle import open_bundle
+from ltx_engines.defaults import Pass
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
 from ltx_engines.triton_model import INPUTS, OUTPUTS
@@ -21,7 +22,7 @@ from ltx_engines.triton_settings import Settings
 from ltx_export import cli
 from ltx_export.triton import repository
 from ltx_trt.cli import SHIPPED
-from tests.runtime import engine_bundles
+from tests.runtime import engine_bundles, upsampling
 from tests.runtime.engine_bundles import Engines
 
 STAGES = ("text_encoder", "transformer", "vae_decoder")
@@ -64,6 +65,18 @@ def test_a_repository_holds_one_whole_bundle_as_links(tmp_path: Path) -> None:
     weights = inside.file(inside.manifest.checkpoint)
     assert weights.samefile(SHIPPED / inside.manifest.checkpoint)
     assert [entry.name for entry in repo.iterdir() if entry.is_dir()] == ["ltx_video"]
+
+
+def test_a_model_of_two_passes_has_its_upsampler_too(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(SHIPPED, folder)
+    upsampling.add(folder)
+    manifest = bundles.read(folder)
+    defaults = manifest.defaults.model_copy(update={"second": Pass(timesteps=(0.9, 0.4))})
+    bundles.update(folder, manifest.model_copy(update={"defaults": defaults}))
+    repo = write(tmp_path / "repo", folder, layout="stages")
+    (latents,) = config(repo, "latent_upsampler").input
+    assert latents.name == "latents"
 
 
 @pytest.mark.parametrize("layout", ["single", "stages"])

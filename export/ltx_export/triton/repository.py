@@ -21,16 +21,13 @@ from uuid import uuid4
 
 from ltx_engines.bundle import MANIFEST, Bundle, open_bundle
 from ltx_engines.errors import UserError
-from ltx_engines.triton_model import VIDEO
+from ltx_engines.triton_model import VIDEO, served
 from ltx_engines.triton_plans import plans
 from ltx_engines.triton_settings import Settings
 from ltx_export.triton import config, tensorrt
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
-
-USED = ("text_encoder", "transformer", "vae_decoder")
-"""The stages of a clip, in order of use."""
 
 BUNDLE = f"{VIDEO}/1/bundle"
 """Where it lies in a repository: a folder beside it would be taken for a model."""
@@ -60,7 +57,7 @@ def write(bundle: Path, out: Path, order: Order) -> tuple[str, ...]:
         UserError: no bundle, one that makes no clips, or `out` cannot be written.
     """
     found = open_bundle(bundle)
-    for stage in USED:
+    for stage in served(found.manifest):
         found.stage(stage)
     with _replacing(out, overwrite=order.overwrite) as folder:
         _link_bundle(found, folder / BUNDLE)
@@ -76,7 +73,7 @@ def _models(bundle: Bundle, folder: Path, order: Order) -> Iterator[str]:
     yield VIDEO
     if order.settings.layout == "single":
         return
-    for stage in USED:
+    for stage in served(bundle.manifest):
         _stage(bundle, folder, stage, order)
         yield stage
 

@@ -5,7 +5,7 @@ Clips are uint8 [F, H, W, 3]; all arithmetic is in float64.
 F frames; H W rows and columns
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,18 +49,63 @@ class Measures:
     lpips: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class FrameMeasures:
+    """Of one frame of two clips. `error` is the mean squared one; the first frame has no
+    `flicker`, for nothing changed before it."""
+
+    error: float
+    ssim: float
+    ms_ssim: float
+    flicker: float | None
+
+    @property
+    def psnr(self) -> float:
+        return decibels(self.error)
+
+
 def measure(clip: Frames, reference: Frames) -> Measures:
     """All but LPIPS, which is not a formula."""
-    similar = similarity(clip, reference)
-    return Measures(psnr(clip, reference), similar.ssim, similar.ms_ssim, flicker(clip, reference))
+    _check(clip, reference)
+    meter = Meter()
+    return overall([meter(x, y) for x, y in zip(clip, reference, strict=True)])
+
+
+class Meter:
+    """Frames [H, W, 3] of two clips go in as they come; of the last two, their difference stays."""
+
+    def __init__(self) -> None:
+        self._previous: Maps | None = None
+
+    def __call__(self, one: Frames, other: Frames) -> FrameMeasures:
+        x, y = one.astype(np.float64), other.astype(np.float64)
+        error, before = x - y, self._previous
+        self._previous = error
+        ssim, ms_ssim = _similar(x, y)
+        change = None if before is None else float(np.abs(error - before).mean())
+        return FrameMeasures(float(np.square(error).mean()), ssim, ms_ssim, change)
+
+
+def overall(rows: Sequence[FrameMeasures]) -> Measures:
+    """Of a whole clip; without LPIPS."""
+    changes = [row.flicker for row in rows if row.flicker is not None]
+    return Measures(
+        decibels(float(np.mean([row.error for row in rows]))),
+        float(np.mean([row.ssim for row in rows])),
+        float(np.mean([row.ms_ssim for row in rows])),
+        float(np.mean(changes)) if changes else 0.0,
+    )
+
+
+def decibels(error: float) -> float:
+    """PSNR of a mean squared error, at most PSNR_CAP."""
+    return PSNR_CAP if error == 0 else min(PSNR_CAP, float(10 * np.log10(PEAK**2 / error)))
 
 
 def psnr(clip: Frames, reference: Frames) -> float:
     """In dB, of the mean squared error of the whole clip, at most PSNR_CAP."""
     _check(clip, reference)
-    squares = [float(np.square(x - y).mean()) for x, y in _pairs(clip, reference)]
-    error = float(np.mean(squares))
-    return PSNR_CAP if error == 0 else min(PSNR_CAP, float(10 * np.log10(PEAK**2 / error)))
+    return decibels(float(np.mean([np.square(x - y).mean() for x, y in _pairs(clip, reference)])))
 
 
 def similarity(clip: Frames, reference: Frames) -> Similarity:
@@ -70,16 +115,8 @@ def similarity(clip: Frames, reference: Frames) -> Similarity:
     they have the sum of all five.
     """
     _check(clip, reference)
-    levels = scales(*clip.shape[1:3])
-    weights = np.array(SCALE_WEIGHTS[:levels])
-    weights *= sum(SCALE_WEIGHTS) / weights.sum()
-    fine, product = [], []
-    for x, y in _pairs(clip, reference):
-        whole, structure = _by_scale(x, y, levels)
-        # The mean structure of two frames can be negative, which has no power: it counts as 0.
-        factors = np.maximum(np.stack([*structure[:-1], whole[-1]]), 0)
-        fine.append(whole[0].mean())
-        product.append(np.prod(factors ** weights[:, None], axis=0).mean())
+    found = [_similar(x, y) for x, y in _pairs(clip, reference)]
+    fine, product = zip(*found, strict=True)
     return Similarity(float(np.mean(fine)), float(np.mean(product)))
 
 
@@ -117,6 +154,18 @@ def _check(clip: Frames, reference: Frames) -> None:
 def _pairs(clip: Frames, reference: Frames) -> Iterator[tuple[Maps, Maps]]:
     for x, y in zip(clip, reference, strict=True):
         yield x.astype(np.float64), y.astype(np.float64)
+
+
+def _similar(x: Maps, y: Maps) -> tuple[float, float]:
+    """SSIM and MS-SSIM of two frames."""
+    levels = scales(*x.shape[:2])
+    weights = np.array(SCALE_WEIGHTS[:levels])
+    weights *= sum(SCALE_WEIGHTS) / weights.sum()
+    whole, structure = _by_scale(x, y, levels)
+    # The mean structure of two frames can be negative, which has no power: it counts as 0.
+    factors = np.maximum(np.stack([*structure[:-1], whole[-1]]), 0)
+    product = np.prod(factors ** weights[:, None], axis=0)
+    return float(whole[0].mean()), float(product.mean())
 
 
 def _by_scale(x: Maps, y: Maps, levels: int) -> tuple[list[Maps], list[Maps]]:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ltx_export import metrics
-from ltx_export.metrics import C1, C2, PSNR_CAP, SCALE_WEIGHTS, Frames, Maps
+from ltx_engines import metrics
+from ltx_engines.metrics import C1, C2, PSNR_CAP, SCALE_WEIGHTS, Frames, Maps
 
 RNG = np.random.default_rng(0)
 
@@ -213,3 +213,16 @@ def test_what_is_no_pair_of_clips_is_a_programmers_mistake(
         measure(good.astype(np.float32), good)
     with pytest.raises(ValueError, match="smaller than the window"):
         measure(flat(0, 1, 10, 16), flat(0, 1, 10, 16))
+
+
+def test_frame_by_frame_comes_to_what_whole_clips_do() -> None:
+    one, other = smooth(4, 48, 40), spoilt(smooth(4, 48, 40), 9)
+    meter = metrics.Meter()
+    rows = [meter(x, y) for x, y in zip(one, other, strict=True)]
+    found = metrics.overall(rows)
+    similar = metrics.similarity(one, other)
+    assert found.psnr == metrics.psnr(one, other)
+    assert (found.ssim, found.ms_ssim) == (similar.ssim, similar.ms_ssim)
+    assert found.flicker == pytest.approx(metrics.flicker(one, other), rel=1e-14)
+    assert rows[0].flicker is None
+    assert rows[2].psnr == metrics.psnr(one[2:3], other[2:3])

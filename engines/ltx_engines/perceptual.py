@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ltx_export.metrics import Frames
+from ltx_engines.metrics import Frames
 
 NETWORK = "alex"
 """The package's default, and its authors' advice for measuring."""

@@ -1,4 +1,4 @@
-"""What the machine has left for a build: memory that a process can take, and room on a disk."""
+"""What the machine has left: memory that a process can take, and room on a disk."""
 
 import os
 import shutil
