@@ -17,7 +17,7 @@ from ltx_ref.ltx_video import pipeline as yardstick
 from ltx_ref.ltx_video.guidance import Guidance, Prompts
 from ltx_ref.ltx_video.pipeline import Step, Video
 from ltx_trt.cli import SHIPPED
-from ltx_trt.pipeline import Decoded, generate
+from ltx_trt.pipeline import frames_of, generate
 from ltx_trt.request import Request, Wishes, resolve
 from ltx_trt.session import Array, Feeds, Session
 from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
@@ -63,9 +63,8 @@ def play(bundle: Bundle, request: Request) -> tuple[np.ndarray, np.ndarray]:
         session = OnnxRuntimeSession.open(bundle, stage)
         return Recording(session, fed) if stage == "vae_decoder" else session
 
-    *_, last = generate(request, bundle, open_session)
-    assert isinstance(last, Decoded)
-    return np.asarray(fed["latents"]), last.frames
+    made = frames_of(generate(request, bundle, open_session))
+    return np.asarray(fed["latents"]), made
 
 
 def reference_run(bundle: Bundle, request: Request) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,6 +30,7 @@ TORCH_FREE_OF_REF = {"checkpoint", "quantization", "casts", "codes", "lora", "lo
 
 LAZILY = {  # file -> what of ours it may import too, but only inside a function
     "runtime/ltx_trt/session/torch_session.py": {"ltx_ref", "torch"},
+    "engines/ltx_engines/perceptual.py": {"torch", "torchvision"},  # LPIPS, where it is at hand
 }
 
 SHELVES = {"export", "runtime", "engines", "tools", "tests"}
@@ -49,9 +50,12 @@ LIGHT_AT_IMPORT = {  # module -> what it may import at module level beside the s
 HEAVY_ON_PURPOSE = {
     "engines/ltx_engines/bundle.py": "manifests are pydantic models; commands import it late",
     "engines/ltx_engines/cache_key.py": "part of a manifest",
+    "engines/ltx_engines/defaults.py": "part of a manifest",
     "engines/ltx_engines/engine_entry.py": "part of a manifest",
     "engines/ltx_engines/file_entry.py": "part of a manifest",
     "engines/ltx_engines/manifest.py": "pydantic models",
+    "engines/ltx_engines/metrics.py": "arithmetic in numpy; commands import it late",
+    "engines/ltx_engines/perceptual.py": "it measures numpy's arrays; commands import it late",
     "engines/ltx_engines/pipeline_config.py": "it reads YAML; commands import it late",
     "engines/ltx_engines/strict.py": "it words pydantic's refusals; only readers import it",
 }

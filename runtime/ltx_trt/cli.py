@@ -2,20 +2,76 @@
 
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ltx_engines import byte_sizes
+from ltx_engines import presets
 from ltx_engines.command import invoke
-from ltx_engines.errors import UserError
 from ltx_ref.checkpoint import CheckpointError
-from ltx_trt import SEED
-from ltx_trt.backend import Backend, Choice, Keep, Providers
-
-SHIPPED = Path(__file__).parent / "ltx_tiny"
+from ltx_trt import SEED, batch_commands, cache_commands, compare_commands, original_flags
+from ltx_trt.backend import Backend, TextEncoderDevice
+from ltx_trt.cache_options import (
+    CacheFirst,
+    CacheLast,
+    CacheLongest,
+    CacheRetention,
+    CacheSteps,
+    CacheTableFile,
+    CacheWishes,
+    Compare,
+)
+from ltx_trt.media_options import (
+    Chunk,
+    HeldNoise,
+    Images,
+    InputMediaPath,
+    InputVideo,
+    MediaPaths,
+    Offload,
+    OutputPath,
+    PromptsAt,
+    Resize,
+    StartFrames,
+    Strengths,
+    Videos,
+)
+from ltx_trt.options import (
+    SHIPPED as SHIPPED,
+)
+from ltx_trt.options import (
+    Config,
+    Count,
+    DeviceMemory,
+    EncoderDevice,
+    Eta,
+    Forgetful,
+    Frames,
+    Json,
+    KeepLoaded,
+    Loras,
+    MemoryPolicy,
+    Output,
+    OutputOrNone,
+    Pixels,
+    Preset,
+    Provider,
+    Room,
+    RunOn,
+    RunsOn,
+    Sampler,
+    Scale,
+    Sheet,
+    Stg,
+    Strict,
+    Threads,
+    TileSize,
+    Uncaptured,
+    check_shipped,
+    choice,
+    memory_policy,
+)
 
 
 def _with_dashes(word: str) -> str:
@@ -34,61 +90,11 @@ app = typer.Typer(
 )
 
 
-Pixels = Annotated[int | None, typer.Option(help="Pixels; multiples of 32 need no crop.")]
-Frames = Annotated[int | None, typer.Option(help="8k + 1 need no cut.")]
-Count = Annotated[int | None, typer.Option(min=1)]
-Scale = Annotated[float | None, typer.Option(help="1 is none.")]
-Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout, nothing else.")]
-Output = Annotated[
-    Path,
-    typer.Option("--output", "-o", help="A .mp4 or .gif file, a new folder, or frames_%04d.png."),
-]
-Stg = Annotated[float | None, typer.Option(help="Spatio-temporal guidance; 0 is none.")]
-Sampler = Annotated[str | None, typer.Option(help="euler, stochastic, dpmpp-2m or ddim.")]
-Eta = Annotated[float, typer.Option(help="The share of fresh noise in ddim, 0 to 1.")]
-Config = Annotated[Path | None, typer.Option(help="An original configs/ltxv-*.yaml.")]
-Strict = Annotated[bool, typer.Option("--strict-shape", help="Refuse sizes that need a crop.")]
-Sheet = Annotated[Path | None, typer.Option(help="Also an overview of the frames (.png).")]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="Of one operator, where ONNX Runtime is on the CPU.")
-]
-RunOn = Annotated[
-    Backend, typer.Option(help="auto: the bundle's engines, ONNX Runtime if it has none.")
-]
-Provider = Annotated[
-    Providers | None,
-    typer.Option(
-        help="Of ONNX Runtime, which then runs all; else CUDA if it is there, or the CPU."
-    ),
-]
-
-Loras = Annotated[
-    list[str],
-    typer.Option(metavar="FILE[:STRENGTH]", help="Added to the weights; may be repeated."),
-]
-Uncaptured = Annotated[
-    bool,
-    typer.Option("--no-cuda-graphs", help="Engines' kernels go to the GPU one by one."),
-]
-DeviceMemory = Annotated[
-    str | None,
-    typer.Option(
-        metavar="8GiB",
-        help="Of the GPU at most, for engines; weights that do not fit are streamed.",
-    ),
-]
-
-
-class Form(StrEnum):
-    mp4 = "mp4"
-    gif = "gif"
-    png = "png"
-
-
 @app.command()
 def run(  # noqa: PLR0913 - options of a command
     prompt: Annotated[str, typer.Option(help="What the clip shows.")],
-    output: Output,
+    output: OutputOrNone = None,
+    output_path: OutputPath = None,
     bundle: Annotated[Path, typer.Option(help="The exported model.")] = SHIPPED,
     negative_prompt: Annotated[str | None, typer.Option(help="What it does not show.")] = None,
     width: Pixels = None,
@@ -103,21 +109,43 @@ def run(  # noqa: PLR0913 - options of a command
     sampler: Sampler = None,
     eta: Eta = 0.0,
     pipeline_config: Config = None,
+    preset: Preset = None,
     strict_shape: Strict = False,
+    image: Images = [],  # noqa: B006 - typer copies it
+    video: Videos = [],  # noqa: B006 - typer copies it
+    input_video: InputVideo = None,
+    input_media_path: InputMediaPath = None,
+    resize: Resize = False,
+    image_cond_noise_scale: HeldNoise = None,
+    conditioning_media_paths: MediaPaths = [],  # noqa: B006 - typer copies it
+    conditioning_strengths: Strengths = [],  # noqa: B006 - typer copies it
+    conditioning_start_frames: StartFrames = [],  # noqa: B006 - typer copies it
+    chunk: Chunk = None,
+    prompt_at: PromptsAt = [],  # noqa: B006 - typer copies it
     contact_sheet: Sheet = None,
+    cache_steps: CacheSteps = None,
+    cache_table: CacheTableFile = None,
+    cache_first: CacheFirst = None,
+    cache_last: CacheLast = None,
+    cache_retention: CacheRetention = None,
+    cache_longest: CacheLongest = None,
+    compare: Compare = False,
     backend: RunOn = Backend.auto,
     provider: Provider = None,
     device_memory: DeviceMemory = None,
-    keep_loaded: Annotated[
-        bool, typer.Option("--keep-loaded", help="All engines stay on the GPU to the end.")
-    ] = False,
+    memory: MemoryPolicy = None,
+    keep_loaded: KeepLoaded = False,
+    offload_to_cpu: Offload = False,
+    text_encoder_device: EncoderDevice = TextEncoderDevice.auto,
+    no_prompt_cache: Forgetful = False,
+    vae_tile: TileSize = "auto",
     no_cuda_graphs: Uncaptured = False,
     threads: Threads = None,
     lora: Loras = [],  # noqa: B006 - typer copies it
     json: Json = False,
 ) -> None:
     """Make a clip from a prompt. What is not said is the pipeline config's or the bundle's."""
-    _check_shipped(bundle)
+    check_shipped(bundle)
     from ltx_trt.job import Job, execute
     from ltx_trt.request import Wishes
 
@@ -136,62 +164,37 @@ def run(  # noqa: PLR0913 - options of a command
         sampler=sampler,
         eta=eta,
         strict_shape=strict_shape,
+        image=tuple(image),
+        video=tuple(video),
+        input_video=input_video,
+        input_media_path=input_media_path,
+        resize=resize,
+        image_cond_noise_scale=image_cond_noise_scale,
+        conditioning_media_paths=tuple(conditioning_media_paths),
+        conditioning_strengths=tuple(conditioning_strengths),
+        conditioning_start_frames=tuple(conditioning_start_frames),
+        chunk=chunk,
+        prompt_at=tuple(prompt_at),
     )
-    keep = Keep.always if keep_loaded else Keep.never
-    memory, on = _memory(device_memory), _backend(backend, provider)
-    choice = Choice(on, threads, keep, memory, tuple(lora), provider, not no_cuda_graphs)
-    report = execute(Job(wishes, bundle, output, pipeline_config, contact_sheet, choice))
+    policy = memory_policy(memory, keep_loaded, offload=offload_to_cpu)
+    chosen = choice(
+        RunsOn(backend, provider, threads, text_encoder_device, no_cuda_graphs),
+        Room(policy, device_memory, no_prompt_cache, vae_tile),
+        lora,
+    )
+    config = presets.chosen(pipeline_config, preset)
+    cache = CacheWishes(
+        cache_steps, cache_table, cache_first, cache_last, cache_retention, cache_longest, compare
+    )
+    place = original_flags.destination(output, output_path)
+    report = execute(Job(wishes, bundle, place, config, contact_sheet, chosen, cache))
     print(report.as_json() if json else report.as_text())
 
 
-@app.command()
-def batch(  # noqa: PLR0913 - options of a command
-    prompts: Annotated[Path, typer.Option(help="A text file, one prompt on each line.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder: 0000, 0001, ...")],
-    bundle: Annotated[Path, typer.Option(help="The exported model.")] = SHIPPED,
-    form: Annotated[
-        Form, typer.Option("--format", help="png: a folder of lossless frames for each clip.")
-    ] = Form.mp4,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Of the first clip; each next one has the next.")
-    ] = SEED,
-    num_inference_steps: Count = None,
-    width: Pixels = None,
-    height: Pixels = None,
-    num_frames: Frames = None,
-    pipeline_config: Config = None,
-    backend: RunOn = Backend.auto,
-    provider: Provider = None,
-    device_memory: DeviceMemory = None,
-    no_cuda_graphs: Uncaptured = False,
-    threads: Threads = None,
-    lora: Loras = [],  # noqa: B006 - typer copies it
-    json: Annotated[
-        bool, typer.Option("--json", help="One line of JSON on stdout for each clip.")
-    ] = False,
-) -> None:
-    """Make a clip of each prompt in a file. What is not said is as in `run`."""
-    _check_shipped(bundle)
-    from ltx_engines.prompts import read
-    from ltx_trt.batch import Batch, execute
-    from ltx_trt.request import Wishes
-
-    wishes = tuple(
-        Wishes(
-            prompt=prompt,
-            seed=seed + number,
-            num_inference_steps=num_inference_steps,
-            width=width,
-            height=height,
-            num_frames=num_frames,
-        )
-        for number, prompt in enumerate(read(prompts))
-    )
-    memory, on = _memory(device_memory), _backend(backend, provider)
-    kept, graphs = Keep.fitting, not no_cuda_graphs
-    choice = Choice(on, threads, kept, memory, tuple(lora), provider, graphs)
-    for report in execute(Batch(wishes, bundle, output, form.value, pipeline_config, choice)):
-        print(report.as_json() if json else report.as_text(), flush=True)
+app.command(cls=batch_commands.BatchCommand)(batch_commands.batch)
+app.command()(compare_commands.compare)
+app.command()(compare_commands.bench)
+app.command("calibrate-cache")(cache_commands.calibrate_cache)
 
 
 @app.command()
@@ -254,30 +257,20 @@ def info(
     show(found, Console(soft_wrap=True))
 
 
-def _backend(wished: Backend, provider: Providers | None) -> Backend:
-    if provider is None:
-        return wished
-    if wished not in (Backend.auto, Backend.onnxruntime):
-        raise UserError(
-            f"--provider is of ONNX Runtime, --backend {wished.value} is not; leave one of them out"
-        )
-    return Backend.onnxruntime
-
-
-def _memory(wished: str | None) -> int | None:
-    return None if wished is None else byte_sizes.parse(wished, "--device-memory")
-
-
-def _check_shipped(bundle: Path) -> None:
-    if bundle == SHIPPED and not SHIPPED.is_dir():
-        raise UserError(
-            f"the bundle that ships with ltx-trt is missing ({SHIPPED}); name one with --bundle"
-        )
+@app.command("presets")
+def show_presets(json: Json = False) -> None:
+    """List what `--preset` knows: the releases of LTX-Video, each as the original runs it."""
+    if json:
+        print(presets.as_json())
+        return
+    for line in presets.lines():
+        print(line)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
-    return invoke(app, "ltx-trt", arguments, mendable=(CheckpointError,))
+    words = original_flags.in_our_words(sys.argv[1:] if arguments is None else arguments)
+    return invoke(app, "ltx-trt", words, mendable=(CheckpointError,))
 
 
 if __name__ == "__main__":

@@ -11,15 +11,17 @@ from ltx_engines.shapes import SPACE, TIME, VideoShape
 Floats = NDArray[np.float32]
 
 
-def token_coordinates(shape: VideoShape, frame_rate: float, *, causal: bool) -> Floats:
+def token_coordinates(
+    shape: VideoShape, frame_rate: float, *, causal: bool, first: int = 0
+) -> Floats:
     """[1, 3, tokens]: seconds, pixel rows and pixel columns of each token's first corner.
 
     The first latent frame stands for one frame, the others for eight; a `causal` model is told
-    so (frames 0, 1, 9, 17, ...), an older one is not (0, 8, 16, ...).
+    so (frames 0, 1, 9, 17, ...), an older one is not (0, 8, 16, ...). `first` is added to them.
     """
     frames, rows, columns = (np.arange(size) for size in shape.latent)
     frames = np.maximum(frames * TIME + 1 - TIME, 0) if causal else frames * TIME
-    grid = np.meshgrid(frames, rows * SPACE, columns * SPACE, indexing="ij")
+    grid = np.meshgrid(frames + first, rows * SPACE, columns * SPACE, indexing="ij")
     coordinates = np.stack(grid).reshape(1, 3, -1).astype(np.float32)
     coordinates[:, 0] *= np.float32(1.0 / frame_rate)
     return coordinates

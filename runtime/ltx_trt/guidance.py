@@ -111,7 +111,8 @@ def plan(guidance: Guidance, sigmas: Sequence[float], num_layers: int) -> tuple[
             if not 0 <= block < num_layers:
                 raise UserError(
                     f"skip_block_list names block {block}, the transformer has 0 to "
-                    f"{num_layers - 1}"
+                    f"{num_layers - 1}; choose a preset or config of a model of this size, or "
+                    "leave nothing out with --stg-scale 0"
                 )
     return steps
 

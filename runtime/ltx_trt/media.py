@@ -6,20 +6,23 @@ whether that will be possible.
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Literal
+from types import TracebackType
+from typing import Literal, Self
 from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ltx_engines.errors import UserError
+from ltx_trt.frame_spool import FrameSpool
 
 Frames = NDArray[np.uint8]
 Kind = Literal["mp4", "gif", "png", "pattern", "folder"]
@@ -36,6 +39,9 @@ PARAMETERS = "no-mbtree=1"
 glibc's MALLOC_PERTURB_; without assembler it does not.)"""
 
 BT_709, LIMITED = 1, 1
+
+COLUMNS = 6
+"""Of a contact sheet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +66,20 @@ def check(path: Path, *, count: int, height: int, width: int) -> Output:
         for index in range(count):
             if (taken := path.with_name(path.name % index)).is_dir():
                 raise UserError(f"{taken} is a folder; choose another pattern")
-    elif path.is_dir():
-        raise UserError(f"{path} is a folder; choose another name")
+    else:
+        check_file(path)
     _check_writable(path)
     return Output(path, kind)
+
+
+def check_file(path: Path) -> None:
+    """
+    Raises:
+        UserError: no file can be written there.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; choose another name")
+    _check_writable(path)
 
 
 def check_even(height: int, width: int) -> None:
@@ -78,70 +94,125 @@ def check_even(height: int, width: int) -> None:
         )
 
 
+def files(output: Output, count: int) -> Iterator[Path]:
+    """All that `count` frames are written to."""
+    if output.kind == "pattern":
+        yield from (output.path.with_name(output.path.name % index) for index in range(count))
+    else:
+        yield output.path
+
+
+Write = Callable[[Frames], None]
+"""Takes the next frames [n, height, width, 3]."""
+
+
+class Writer:
+    """Frames go in as they come; the file takes its name when the `with` ends without an exception.
+    Nothing is begun before the first frame, and with none there will be nothing."""
+
+    def __init__(self, output: Output, frame_rate: float) -> None:
+        self._output, self._frame_rate = output, frame_rate
+        self._held = ExitStack()
+        self._write: Write | None = None
+
+    def write(self, frames: Frames) -> None:
+        """The next ones, [n, height, width, 3]."""
+        if self._write is None:
+            self._write = self._held.enter_context(_writing(self._output, self._frame_rate))
+        self._write(frames)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._held.__exit__(kind, error, trace)
+
+
 def write(output: Output, frames: Frames, frame_rate: float) -> None:
     """[frames, height, width, 3]."""
+    with Writer(output, frame_rate) as writer:
+        writer.write(frames)
+
+
+def _writing(output: Output, frame_rate: float) -> AbstractContextManager[Write]:
     if output.kind == "mp4":
-        write_video(output.path, frames, frame_rate)
-    elif output.kind == "gif":
-        write_gif(output.path, frames, frame_rate)
-    elif output.kind == "png":
-        write_image(output.path, frames[0])
-    elif output.kind == "pattern":
-        write_numbered(output.path, frames)
-    else:
-        write_frames(output.path, frames)
-
-
-def write_video(path: Path, frames: Frames, frame_rate: float, *, crf: int = CRF) -> None:
-    with replacing(path) as temporary:
-        _encode(str(temporary), frames, frame_rate, crf)
+        return _video(output.path, frame_rate)
+    if output.kind == "gif":
+        return _gif(output.path, frame_rate)
+    if output.kind == "png":
+        return _image(output.path)
+    if output.kind == "pattern":
+        return _numbered(output.path)
+    return _folder(output.path)
 
 
 def video_bytes(frames: Frames, frame_rate: float) -> bytes:
-    """What `write_video` would write."""
+    """What `write` makes of an mp4."""
     file = BytesIO()
-    _encode(file, frames, frame_rate, CRF)
+    with _encoding(file, frame_rate) as write_next:
+        write_next(frames)
     return file.getvalue()
 
 
-def _encode(file: str | BytesIO, frames: Frames, frame_rate: float, crf: int) -> None:
+@contextmanager
+def _video(path: Path, frame_rate: float) -> Iterator[Write]:
+    with replacing(path) as temporary, _encoding(str(temporary), frame_rate) as write_next:
+        yield write_next
+
+
+@contextmanager
+def _encoding(file: str | BytesIO, frame_rate: float) -> Iterator[Write]:
     import av
     from av.video.reformatter import ColorRange, Colorspace
 
     with av.open(file, "w", format="mp4") as container:
         rate = Fraction(frame_rate).limit_denominator(1001)
-        options = {"crf": str(crf), "x264-params": PARAMETERS}
+        options = {"crf": str(CRF), "x264-params": PARAMETERS}
         stream = container.add_stream("libx264", rate=rate, options=options)
-        stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         codec = stream.codec_context
         codec.thread_count = THREADS
         codec.color_primaries = codec.color_trc = codec.colorspace = BT_709
         codec.color_range = LIMITED
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-            )
-            container.mux(stream.encode(picture))
+
+        def write_next(frames: Frames) -> None:
+            if not codec.is_open:
+                stream.height, stream.width = frames.shape[1:3]
+            for frame in frames:
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+                    format="yuv420p",
+                    dst_colorspace=Colorspace.ITU709,
+                    dst_color_range=ColorRange.MPEG,
+                )
+                container.mux(stream.encode(picture))
+
+        yield write_next
         container.mux(stream.encode(None))
 
 
-def write_gif(path: Path, frames: Frames, frame_rate: float) -> None:
+@contextmanager
+def _gif(path: Path, frame_rate: float) -> Iterator[Write]:
+    """Pillow wants all frames at once, which wait on the disk until then."""
     from PIL import Image
 
-    first, *others = (Image.fromarray(frame) for frame in frames)
     milliseconds = max(20, round(100 / frame_rate) * 10)  # players slow down what is faster
-    with replacing(path) as temporary:
-        first.save(
-            temporary,
-            format="GIF",
-            save_all=True,
-            append_images=others,
-            duration=milliseconds,
-            loop=0,
-        )
+    with FrameSpool() as spool:
+        yield spool.add
+        images = (Image.fromarray(frame) for frame in spool.clip())
+        with replacing(path) as temporary:
+            next(images).save(
+                temporary,
+                format="GIF",
+                save_all=True,
+                append_images=images,
+                duration=milliseconds,
+                loop=0,
+            )
 
 
 def write_image(path: Path, image: Frames) -> None:
@@ -151,29 +222,54 @@ def write_image(path: Path, image: Frames) -> None:
         Image.fromarray(image).save(temporary, format="PNG")
 
 
-def write_frames(folder: Path, frames: Frames) -> None:
+@contextmanager
+def _image(path: Path) -> Iterator[Write]:
+    """Of one frame."""
+    yield lambda frames: write_image(path, frames[0])
+
+
+@contextmanager
+def _folder(folder: Path) -> Iterator[Write]:
     """0000.png, 0001.png, ... in a new folder."""
     with replacing(folder) as temporary:
         temporary.mkdir()
-        for index, frame in enumerate(frames):
-            write_image(temporary / f"{index:04d}.png", frame)
+        names = (temporary / f"{index:04d}.png" for index in count())
+        yield lambda frames: _each(frames, names)
 
 
-def write_numbered(pattern: Path, frames: Frames) -> None:
+@contextmanager
+def _numbered(pattern: Path) -> Iterator[Write]:
     """All or none: the frames take their names when the last is written."""
-    names = [pattern.name % index for index in range(len(frames))]
     temporary = _temporary(pattern.with_name("frames"))
+    written: list[Path] = []
+
+    def named() -> Iterator[Path]:
+        for index in count():
+            written.append(temporary / (pattern.name % index))
+            yield written[-1]
+
+    names = named()
     try:
         temporary.mkdir()
-        for name, frame in zip(names, frames, strict=True):
-            write_image(temporary / name, frame)
-        for name in names:
-            os.replace(temporary / name, pattern.with_name(name))
+        yield lambda frames: _each(frames, names)
+        for path in written:
+            os.replace(path, pattern.with_name(path.name))
     finally:
         _remove(temporary)
 
 
-def contact_sheet(clips: Sequence[Frames], *, columns: int = 6) -> Frames:
+def _each(frames: Frames, names: Iterator[Path]) -> None:
+    for frame in frames:
+        write_image(next(names), frame)
+
+
+def shown(frames: int, columns: int = COLUMNS) -> list[int]:
+    """Which frames of a clip a contact sheet shows."""
+    places = np.linspace(0, frames - 1, min(columns, frames)).round()
+    return [int(index) for index in places]
+
+
+def contact_sheet(clips: Sequence[Frames], *, columns: int = COLUMNS) -> Frames:
     """A row for each clip, with up to `columns` of its frames at equal distances.
 
     Clips of one size; a short clip's row is filled up with black.
@@ -182,8 +278,7 @@ def contact_sheet(clips: Sequence[Frames], *, columns: int = 6) -> Frames:
     columns = min(columns, max(len(clip) for clip in clips))
     sheet = np.zeros((len(clips) * height, columns * width, 3), np.uint8)
     for row, clip in enumerate(clips):
-        shown = min(columns, len(clip))
-        for column, index in enumerate(np.linspace(0, len(clip) - 1, shown).round().astype(int)):
+        for column, index in enumerate(shown(len(clip), columns)):
             top, left = row * height, column * width
             sheet[top : top + height, left : left + width] = clip[index]
     return sheet

@@ -1,11 +1,12 @@
 """What is in a bundle, as tables for people."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ltx_engines.bundle import Bundle, EngineEntry, StageEntry, TensorEntry
+from ltx_engines.bundle import Bundle, Defaults, EngineEntry, StageEntry, TensorEntry
 from ltx_engines.cache_key import Profile, Range, targets
 
 MIB = 2**20
@@ -22,13 +23,20 @@ def show(bundle: Bundle, console: Console) -> None:
     if manifest.engines:
         console.print(_engines(bundle))
     console.print(_pairs("files", _files(bundle)))
+    defaults, second = manifest.defaults, manifest.defaults.second
     for title, rows in (
         ("model", manifest.model),
         ("scheduler", manifest.scheduler),
-        ("defaults", manifest.defaults),
+        ("defaults", defaults if second is None else _without_second(defaults)),
+        *((("second pass", second),) if second else ()),
     ):
         console.print(_pairs(title, ((key, str(value)) for key, value in rows)))
     console.print(_pairs("toolchain", iter(manifest.toolchain.items())))
+
+
+def _without_second(defaults: Defaults) -> list[tuple[str, Any]]:
+    """Which has a table of its own."""
+    return [(key, value) for key, value in defaults if key != "second"]
 
 
 def _stages(bundle: Bundle) -> Table:

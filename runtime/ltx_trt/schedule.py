@@ -40,6 +40,13 @@ class Steps:
     skip_final: int = 0
     source: Source = "from_checkpoint"
 
+    @property
+    def count(self) -> int:
+        """Of the steps that are made."""
+        if self.timesteps is not None:
+            return len(self.timesteps)
+        return self.num_inference_steps - self.skip_initial - self.skip_final
+
 
 def sigmas(steps: Steps, facts: SchedulerFacts, tokens: int) -> tuple[float, ...]:
     """The noise levels of a clip of `tokens` tokens, with the 0 at their end."""

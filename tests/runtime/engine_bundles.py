@@ -1,7 +1,7 @@
 """Bundles with engines for the fake GPU: plans beside the graphs, named by the manifest."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,8 @@ STAGES = ("text_encoder", "transformer", "vae_decoder")
 @dataclass(frozen=True, slots=True)
 class Engines:
     """What is built. `dtype` takes float32's place at the engines' edges, where the stage's own
-    precision is meant and not where float32 is fixed."""
+    precision is meant and not where float32 is fixed. `conditioning` is as `build-engine` has it.
+    """
 
     clips: tuple[VideoShape, ...]
     stages: tuple[str, ...] = STAGES
@@ -30,6 +31,7 @@ class Engines:
     weights: int = 1000
     streamable: int = 0
     refittable: tuple[str, ...] = ()
+    conditioning: int | None = None
 
 
 def add(folder: Path, engines: Engines) -> None:
@@ -42,7 +44,9 @@ def add(folder: Path, engines: Engines) -> None:
 
 def _add(folder: Path, manifest: Manifest, stage: str, engines: Engines) -> Manifest:
     entry = manifest.stages[stage]
-    found = [_profile(manifest, entry, clip, engines.branches) for clip in engines.clips]
+    found = [
+        profile for clip in engines.clips for profile in _profiles(manifest, entry, clip, engines)
+    ]
     profiles = [profile for index, profile in enumerate(found) if profile not in found[:index]]
     name = f"{stage}.{'-'.join(f'sm{t}' for t in engines.targets)}.{engines.flavour}"
     dtypes = {t.name: _dtype(t, engines) for t in (*entry.inputs, *entry.outputs)}
@@ -128,6 +132,23 @@ def _key(
     )
 
 
+def _profiles(
+    manifest: Manifest, entry: StageEntry, clip: VideoShape, engines: Engines
+) -> Iterator[Profile]:
+    yield (profile := _profile(manifest, entry, clip, engines.branches))
+    if engines.conditioning is None:
+        return
+    if "timesteps" in profile:
+        frames, rows, columns = clip.latent
+        most = (frames + engines.conditioning) * rows * columns
+        yield profile | dict.fromkeys(("tokens", "timesteps"), (clip.tokens, most, most))
+    if "frames" in profile:
+        yield profile | {
+            "frames": (1, clip.frames, clip.frames),
+            "latent_frames": (1, clip.latent[0], clip.latent[0]),
+        }
+
+
 def _profile(manifest: Manifest, entry: StageEntry, clip: VideoShape, branches: int) -> Profile:
     sizes = _sizes(manifest, clip, branches)
     axes = (axis for tensor in entry.inputs for axis in tensor.axes if isinstance(axis, str))
@@ -144,6 +165,9 @@ def _sizes(manifest: Manifest, clip: VideoShape, branches: int) -> dict[str, Ran
         "latent_frames": frames,
         "latent_height": height,
         "latent_width": width,
+        "frames": clip.frames,
+        "height": clip.height,
+        "width": clip.width,
     }
     for noise in manifest.model.noise_blocks:
         number = noise.name.rpartition("_")[2]

@@ -28,8 +28,9 @@ STREAMABLE = 2_500_000
 ACTIVATIONS = 90_000
 
 
-def make(folder: Path, parts: int) -> None:
-    """A bundle; its transformer is not split if it is in one part, but streams its weights."""
+def make(folder: Path, parts: int, conditioning: int | None = None) -> None:
+    """A bundle; its transformer is not split if it is in one part, but streams its weights.
+    `conditioning` is of one in parts."""
     shutil.copytree(SHIPPED, folder)
     step_graph.add(bundle.open_bundle(folder, cache=folder.parent / "cache"))
     others = Engines((CLIP,), ("text_encoder", "vae_decoder", SAMPLER_STEP), weights=SMALL)
@@ -40,7 +41,8 @@ def make(folder: Path, parts: int) -> None:
         )
     manifest = bundle.read(folder)
     if parts > 1:
-        manifest = _add_chain(folder, manifest, parts)
+        engines = Engines((CLIP,), weights=WEIGHTS, conditioning=conditioning)
+        manifest = _add_chain(folder, manifest, engines, parts)
     entries = tuple(map(_described, manifest.engines))
     files = {**manifest.files, **{e.file: _padded(folder / e.file) for e in entries}}
     bundle.update(folder, manifest.model_copy(update={"engines": entries, "files": files}))
@@ -58,18 +60,18 @@ def _padded(plan: Path) -> bundle.FileEntry:
     return file_entry(plan)
 
 
-def _add_chain(folder: Path, manifest: Manifest, parts: int) -> Manifest:
+def _add_chain(folder: Path, manifest: Manifest, engines: Engines, parts: int) -> Manifest:
     entry = manifest.stages[STAGE]
-    engines = Engines((CLIP,), weights=WEIGHTS)
-    profile = engine_bundles._profile(manifest, entry, CLIP, engines.branches)
-    key = engine_bundles._key(manifest, STAGE, [profile], engines)
+    profiles = [*engine_bundles._profiles(manifest, entry, CLIP, engines)]
+    key = engine_bundles._key(manifest, STAGE, profiles, engines)
     model = ir.load(folder / entry.file)
     found = []
     for group in split.split(model, entry, evenly(manifest.model.num_layers, parts)):
         name = f"{STAGE}.part{group.part.index}"
         graph = folder / f"{name}.onnx"
         ir.save(group.model, graph)
-        plan = Plan(name, str(graph), (limits(group.inputs, profile),), weights=WEIGHTS)
+        shapes = tuple(limits(group.inputs, profile) for profile in profiles)
+        plan = Plan(name, str(graph), shapes, weights=WEIGHTS)
         found.append(
             EngineEntry(
                 file=plan.write(folder / f"{name}.engine").name,

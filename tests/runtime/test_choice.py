@@ -19,9 +19,9 @@ from ltx_engines.targets import Flavour
 from ltx_trt import cli
 from ltx_trt.backend import Backend, Choice
 from ltx_trt.session import choice, tensorrt_adapter
-from ltx_trt.session.bundle_stages import OnnxRuntimeStages
 from ltx_trt.session.device import Device
 from ltx_trt.session.driver import DeviceError
+from ltx_trt.session.graph_stages import OnnxRuntimeStages
 from tests.runtime import engine_bundles
 from tests.runtime.engine_bundles import Engines
 from tests.runtime.fake_engines import FakeLibrary
@@ -193,7 +193,7 @@ def test_when_neither_library_fits_all_that_is_here_and_all_that_is_wanted_is_sa
 
 
 @pytest.mark.parametrize("backend", ["auto", "onnxruntime"])
-@pytest.mark.parametrize("flag", ["--keep-loaded", "--no-cuda-graphs"])
+@pytest.mark.parametrize("flag", ["--no-cuda-graphs"])
 def test_a_flag_that_only_engines_have_is_refused_without_them(
     folder: Path,
     make_bundle: MakeBundle,
@@ -209,11 +209,10 @@ def test_a_flag_that_only_engines_have_is_refused_without_them(
     assert run(folder, "--backend", backend, flag) == 2
     assert f"{folder} runs on ONNX Runtime, " in (said := complaint(capsys))
     assert f"; leave out {flag}, or build engines" in said
-    if flag != "--keep-loaded":
-        (prompts := tmp_path / "prompts.txt").write_text("w5\n")
-        words = ("--prompts", prompts, "-o", tmp_path / "out", "--bundle", folder, flag)
-        assert cli.main(["batch", "--backend", backend, *map(str, words)]) == 2
-        assert f"leave out {flag}" in complaint(capsys)
+    (prompts := tmp_path / "prompts.txt").write_text("w5\n")
+    words = ("--prompts", prompts, "-o", tmp_path / "out", "--bundle", folder, flag)
+    assert cli.main(["batch", "--backend", backend, *map(str, words)]) == 2
+    assert f"leave out {flag}" in complaint(capsys)
     assert world.opened == []
 
 

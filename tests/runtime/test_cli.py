@@ -56,6 +56,7 @@ def test_a_run_writes_a_clip_and_one_line_of_json(
     assert (found["frames"], found["height"], found["width"]) == (9, 32, 64)
     assert found["seed"] == 171198
     assert len(found["sigmas"]) == 5
+    assert found["sigmas_by_pass"] == [found["sigmas"]]
     assert {"text_encoder", "transformer", "vae_decoder", "write"} <= found["seconds"].keys()
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert len(list(container.decode(video=0))) == 9
@@ -131,7 +132,6 @@ def test_a_pipeline_config_decides_and_its_notes_go_to_stderr(
         (("-o", "o.mp4", "--bundle", "nothing"), "not a bundle"),
         (("-o", "o.mp4", "--contact-sheet", "sheet.jpg"), "contact sheet is a .png"),
         (("-o", "o.mp4", "--conditioning_media_paths", "x"), "conditioning-media-paths"),
-        ((), "output"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_nothing_is_written(

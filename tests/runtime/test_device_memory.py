@@ -14,9 +14,11 @@ pytest.importorskip("onnx_ir")
 from ltx_engines.bundle import open_bundle
 from ltx_engines.byte_sizes import said
 from ltx_engines.errors import UserError
-from ltx_trt import cli, job
-from ltx_trt.backend import Backend, Choice, Keep
-from ltx_trt.pipeline import Decoded, Planned, generate, plan
+from ltx_trt import cli, job, sampler
+from ltx_trt.backend import Backend, Choice, Memory
+from ltx_trt.guidance import StepGuidance
+from ltx_trt.passes import Pass
+from ltx_trt.pipeline import Planned, frames_of, generate, plan
 from ltx_trt.request import Wishes, resolve
 from ltx_trt.session import residency, tensorrt_adapter
 from ltx_trt.session.bundle_stages import Stages
@@ -80,9 +82,7 @@ def planned(stages: Stages, wishes: Wishes = WISHES) -> Planned:
 
 def frames(stages: Stages, wishes: Wishes = WISHES) -> np.ndarray:
     stages.prepare(planned(stages, wishes))
-    *_, last = generate(resolve(wishes, stages.bundle, None)[0], stages.bundle, stages)
-    assert isinstance(last, Decoded)
-    return last.frames
+    return frames_of(generate(resolve(wishes, stages.bundle, None)[0], stages.bundle, stages))
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +106,8 @@ def needed(folder: Path, stage: str, *beside: str) -> Need:
 
 def loop(folder: Path, wishes: Wishes) -> int:
     bundle = open_bundle(folder)
-    clip = plan(resolve(wishes, bundle, None)[0], bundle.manifest)
-    return of_loop(bundle.manifest, bundle.engines("transformer", 89), clip)
+    (one,) = plan(resolve(wishes, bundle, None)[0], bundle.manifest).passes
+    return of_loop(bundle.manifest, bundle.engines("transformer", 89), one)
 
 
 def least(folder: Path, places: int, wishes: Wishes = WISHES) -> int:
@@ -168,7 +168,7 @@ def test_a_longer_loop_takes_the_room_of_what_was_kept(
     def device(flavour: str) -> Device:
         return Device.of(gpu, FakeLibrary(gpu))
 
-    choice = Choice(device_memory=budget, keep=Keep.fitting)
+    choice = Choice(device_memory=budget, memory=Memory.auto)
     with open_stages(folder, choice, open_device=device) as stages:
         np.testing.assert_array_equal(frames(stages), wanted)
         assert gpu.count("close_engine") == 0
@@ -242,14 +242,16 @@ def test_what_the_loop_takes_beside_its_engines_is_counted_by_step_and_by_prompt
     bundle = open_bundle(bundles(1))
     chain = bundle.engines("transformer", 89)
 
-    def counted(prompts: int = 3, noises: int = 0) -> int:
-        clip = Planned(CLIP, (), batches=(3, 2), prompts=prompts, noises=noises)
-        return of_loop(bundle.manifest, chain, clip)
+    every, without_uncond = (StepGuidance(scale, 1.0, 1.0, (1,)) for scale in (3.0, 1.0))
+
+    def counted(second: StepGuidance = every, walk: str = "euler") -> int:
+        one = Pass(CLIP, sampler.table(walk, (1.0, 0.5, 0.0)), (every, second))
+        return of_loop(bundle.manifest, chain, one)
 
     rows = 2 * 3 * 256  # of each step the noise level, the coefficients and the mask
     assert counted() == rows
-    assert counted(prompts=5) == rows + 2 * 4 * 64 * (128 + 1)
-    assert counted(noises=2) == rows + 2 * 4 * CLIP.tokens * 32
+    assert counted(without_uncond) == rows + 2 * 4 * 64 * (128 + 1)
+    assert counted(walk="stochastic") == rows + 4 * CLIP.tokens * 32, "the last adds none"
 
 
 def test_the_report_says_how_much_it_took(

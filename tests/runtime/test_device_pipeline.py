@@ -17,7 +17,7 @@ from ltx_engines.targets import Flavour
 from ltx_trt import cli
 from ltx_trt.backend import Backend, Choice
 from ltx_trt.job import Job
-from ltx_trt.pipeline import Decoded, generate, plan
+from ltx_trt.pipeline import frames_of, generate, plan
 from ltx_trt.request import Wishes, resolve
 from ltx_trt.session import tensorrt_adapter
 from ltx_trt.session.choice import open_stages
@@ -55,9 +55,7 @@ def video(folder: Path, choice: Choice, gpu: FakeGpu) -> bytes:
     with open_stages(folder, choice, open_device=device) as stages:
         request, _ = resolve(wishes, stages.bundle, None)
         stages.prepare(plan(request, stages.bundle.manifest))
-        *_, last = generate(request, stages.bundle, stages)
-        assert isinstance(last, Decoded)
-        return last.frames.tobytes()
+        return frames_of(generate(request, stages.bundle, stages)).tobytes()
 
 
 def test_a_bundle_with_the_steps_engine_denoises_on_the_gpu(folder: Path) -> None:

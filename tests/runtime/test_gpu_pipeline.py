@@ -12,9 +12,9 @@ from ltx_engines.bundle import open_bundle
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
 from ltx_engines.targets import Flavour
-from ltx_trt.backend import Backend, Choice, Keep
+from ltx_trt.backend import Backend, Choice, Memory
 from ltx_trt.cli import SHIPPED
-from ltx_trt.pipeline import Decoded, generate, plan
+from ltx_trt.pipeline import frames_of, generate, plan
 from ltx_trt.request import Wishes, resolve
 from ltx_trt.session import tensorrt_adapter
 from ltx_trt.session.choice import open_stages
@@ -56,9 +56,7 @@ class Machine:
             for wish in wishes:
                 request, _ = resolve(wish, stages.bundle, None)
                 stages.prepare(plan(request, stages.bundle.manifest))
-                *_, last = generate(request, stages.bundle, stages)
-                assert isinstance(last, Decoded)
-                yield last.frames.tobytes()
+                yield frames_of(generate(request, stages.bundle, stages)).tobytes()
 
 
 ENGINES, GRAPHS = Choice(), Choice(Backend.onnxruntime, threads=1)
@@ -83,7 +81,7 @@ def test_one_stage_after_the_other_is_on_the_gpu(folder: Path) -> None:
 
 def test_kept_stages_are_loaded_once_for_many_clips(folder: Path) -> None:
     machine = Machine()
-    first, second = machine.frames(folder, Choice(keep=Keep.always), WISHES, WISHES)
+    first, second = machine.frames(folder, Choice(memory=Memory.resident), WISHES, WISHES)
     assert first == second
     assert machine.gpu.count("load") == 3
     assert machine.gpu.leaks() == []
@@ -110,14 +108,14 @@ def test_numbers_pass_through_pinned_memory_only(folder: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("after", [0, 1])
-@pytest.mark.parametrize("keep", [Keep.never, Keep.always])
+@pytest.mark.parametrize("memory", [Memory.staged, Memory.resident])
 def test_a_failure_is_one_line_and_nothing_leaks(
-    folder: Path, call: str, error: Exception, after: int, keep: Keep
+    folder: Path, call: str, error: Exception, after: int, memory: Memory
 ) -> None:
     machine = Machine()
     machine.gpu.fail(call, error, after=after)
     with pytest.raises(UserError, match="stage") as caught:
-        list(machine.frames(folder, Choice(keep=keep), WISHES))
+        list(machine.frames(folder, Choice(memory=memory), WISHES))
     assert "\n" not in str(caught.value)
     assert machine.gpu.leaks() == []
     assert machine.gpu.closed

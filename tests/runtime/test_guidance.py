@@ -1,5 +1,6 @@
 """Guidance: the laws of the branches, the 13B table, and the arithmetic in double precision."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,13 @@ def test_the_first_pass_of_13b_dev_resolves_as_in_the_original() -> None:
 def test_a_level_below_all_guidance_timesteps_takes_the_last_entry() -> None:
     guidance = Guidance((3.0,), (0.0,), (1.0,), (27,), (1.0,))
     assert [s.guidance_scale for s in plan(guidance, (0.9, 0.5, 0.0), 28)] == [3, 3]
+
+
+def test_guidance_of_a_larger_model_is_refused_with_what_to_do() -> None:
+    larger = Guidance(3.0, 1.0, 0.7, (19,))
+    with pytest.raises(UserError, match=r"^skip_block_list names block 19, .* 0 to 5; choose .*"):
+        plan(larger, (1.0, 0.0), 6)
+    assert plan(replace(larger, stg_scale=0.0), (1.0, 0.0), 6)[0].branches  # what it advises
 
 
 def test_the_mapping_is_the_originals() -> None:

@@ -22,7 +22,7 @@ from ltx_ref.lora import Wish
 from ltx_ref.ltx_video.config import TRANSFORMER_PREFIX as PREFIX
 from ltx_trt import cli
 from ltx_trt.backend import Choice
-from ltx_trt.pipeline import Decoded, generate, plan
+from ltx_trt.pipeline import frames_of, generate, plan
 from ltx_trt.request import Wishes, resolve
 from ltx_trt.session import Array, lora_weights, refit, tensorrt_adapter
 from ltx_trt.session.bundle_stages import Stages
@@ -209,9 +209,7 @@ def test_engines_with_a_lora_make_the_frames_of_graphs_with_it(
         with open_stages(where, choice, open_device=device) as stages:
             request, _ = resolve(wish, stages.bundle, None)
             stages.prepare(plan(request, stages.bundle.manifest))
-            *_, last = generate(request, stages.bundle, stages)
-            assert isinstance(last, Decoded)
-            return last.frames.tobytes()
+            return frames_of(generate(request, stages.bundle, stages)).tobytes()
 
     choice = Choice(threads=1, loras=(f"{adapter}:0.8",))
     assert made(choice, folder) == made(choice, TINY)

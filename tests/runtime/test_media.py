@@ -43,6 +43,27 @@ def test_equal_frames_give_equal_bytes(tmp_path: Path, name: str) -> None:
     assert one == other
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_frames_that_come_in_parts_give_the_same_bytes(tmp_path: Path, name: str) -> None:
+    frames = clip(19)
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    write(tmp_path / "whole" / name, frames)
+    output = media.check(tmp_path / "parts" / name, count=19, height=64, width=96)
+    with media.Writer(output, 24.0) as writer:
+        for first in range(0, 19, 4):
+            writer.write(frames[first : first + 4])
+            assert not output.path.exists()
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_begun_before_the_first_frame(tmp_path: Path, name: str) -> None:
+    with media.Writer(media.check(tmp_path / name, count=9, height=64, width=96), 24.0):
+        assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("rate", [24.0, 30.0, 29.97, 12.5])
 def test_a_video_plays_back_its_frames_at_its_rate(tmp_path: Path, rate: float) -> None:
     av = pytest.importorskip("av")
@@ -205,5 +226,5 @@ def test_a_videos_bytes_do_not_depend_on_what_memory_held_before() -> None:
 
 def test_a_video_in_memory_is_the_one_of_a_file(tmp_path: Path) -> None:
     frames = np.zeros((9, 64, 96, 3), np.uint8)
-    media.write_video(tmp_path / "clip.mp4", frames, 24.0)
+    media.write(media.Output(tmp_path / "clip.mp4", "mp4"), frames, 24.0)
     assert media.video_bytes(frames, 24.0) == (tmp_path / "clip.mp4").read_bytes()

@@ -68,8 +68,8 @@ def test_too_much_is_refused_with_what_there_is(gpu: FakeGpu) -> None:
             buffers.get("activations", 2**33)
         assert str(caught.value) == (
             "Fake RTX 4090 has no room for activations: wanted 8.00 GiB, free are 6144 bytes of "
-            "10240 bytes; make the clip smaller or shorter, have one stage there at a time (no "
-            "--keep-loaded), or let weights be streamed with a smaller --device-memory"
+            "10240 bytes; make the clip smaller or shorter, have one stage there at a time "
+            "(--memory staged), or let weights be streamed with a smaller --device-memory"
         )
         assert buffers.get("activations", 6144)
 

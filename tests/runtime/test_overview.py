@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ltx_engines.bundle import QuantizationEntry, open_bundle, read, update
+from ltx_engines import pipeline_config, presets
+from ltx_engines.bundle import Defaults, QuantizationEntry, open_bundle, read, update
 from ltx_engines.cache_key import Part
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
@@ -76,3 +77,16 @@ def test_engines_are_shown_with_part_cards_version_profiles_kernels_and_size(
 
 def test_a_bundle_without_engines_has_no_table_of_them(make_bundle: MakeBundle) -> None:
     assert "engines" not in shown(make_bundle())
+
+
+def test_without_a_second_pass_none_is_shown(make_bundle: MakeBundle) -> None:
+    text = shown(make_bundle())
+    assert "second pass" not in text
+    assert text.count("guidance_scale") == 1
+
+
+def test_the_second_pass_of_a_bundle_is_shown_beside_the_first(make_bundle: MakeBundle) -> None:
+    config = pipeline_config.load(presets.named("ltxv-13b-0.9.8-distilled"))
+    text = shown(make_bundle(defaults=pipeline_config.over(Defaults(), config)))
+    assert text.count("guidance_scale") == 2
+    assert "(0.9094, 0.725, 0.4219)" in text.partition("second pass")[2]

@@ -10,6 +10,7 @@ import pytest
 from ltx_engines.bundle import Bundle
 from ltx_engines.errors import UserError
 from ltx_trt.coordinates import token_coordinates, unpatchify
+from ltx_trt.decoder import crop, to_frames
 from ltx_trt.guidance import Guidance
 from ltx_trt.noise import Noise
 from ltx_trt.pipeline import (
@@ -19,9 +20,7 @@ from ltx_trt.pipeline import (
     PromptEncoded,
     StageOpened,
     StepDone,
-    crop,
     generate,
-    to_frames,
 )
 from ltx_trt.request import Request
 from ltx_trt.schedule import Steps
@@ -123,7 +122,8 @@ def test_events_come_in_the_order_of_the_work(fake: Fake) -> None:
     planned = only(events, Planned)
     assert planned.shape.latent == (2, 1, 2)
     assert planned.batches == (3, 3, 3)
-    assert (planned.prompts, planned.noises) == (3, 0)
+    (one,) = planned.passes
+    assert (one.prompts, one.noises) == (3, 0)
     steps = [event for event in events if isinstance(event, StepDone)]
     assert [(s.index, s.total) for s in steps] == [(1, 3), (2, 3), (3, 3)]
     assert [s.sigma for s in steps] == list(planned.sigmas[1:])
@@ -188,7 +188,7 @@ def test_an_exact_model_reaches_the_clean_latents(fake: Fake, sampler: str) -> N
 @pytest.mark.parametrize("sampler", ["euler", "stochastic"])
 def test_noise_comes_from_one_stream_in_the_agreed_order(fake: Fake, sampler: str) -> None:
     events = run(fake, replace(REQUEST, sampler=sampler, decode_noise_scale=0.25))
-    assert only(events, Planned).noises == (2 if sampler == "stochastic" else 0)
+    assert only(events, Planned).passes[0].noises == (2 if sampler == "stochastic" else 0)
     noise, shape = Noise(5), (1, 4, CHANNELS)
     initial = noise.normal(shape)
     if sampler == "stochastic":

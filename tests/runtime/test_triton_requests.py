@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ltx_engines.bundle import Bundle, open_bundle
+from ltx_engines.defaults import Pass
 from ltx_engines.errors import UserError
 from ltx_engines.triton_model import INPUTS
 from ltx_engines.triton_settings import Settings
@@ -133,3 +134,16 @@ def test_no_error_of_a_missing_file_names_it(bundle: Bundle, tmp_path: Path) -> 
         open_bundle(tmp_path / "nowhere")
     assert str(tmp_path) in str(caught.value)
     assert str(tmp_path) not in requests.without_paths(caught.value)
+
+
+def test_the_steps_of_both_passes_count_for_the_servers_limit(bundle: Bundle) -> None:
+    second = Pass(num_inference_steps=10, skip_initial_inference_steps=4, skip_block_list=None)
+    defaults = bundle.manifest.defaults.model_copy(
+        update={"num_inference_steps": 5, "second": second}
+    )
+    upsampler = bundle.manifest.stages["vae_decoder"]
+    stages = {**bundle.manifest.stages, "latent_upsampler": upsampler}
+    changes = {"defaults": defaults, "stages": stages}
+    two = Bundle(bundle.path, bundle.manifest.model_copy(update=changes))
+    said = line(two, Settings(most_steps=10), prompt="a red circle")
+    assert said == "11 steps; this server makes at most 10"

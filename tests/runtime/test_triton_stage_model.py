@@ -14,7 +14,7 @@ from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
 from ltx_engines.triton_settings import Settings
 from ltx_trt.backend import Choice
-from ltx_trt.pipeline import Decoded, generate, plan
+from ltx_trt.pipeline import frames_of, generate, plan
 from ltx_trt.request import Wishes, resolve
 from ltx_trt.session import tensorrt_adapter
 from ltx_trt.session.bundle_stages import EngineStages
@@ -30,9 +30,7 @@ from tests.runtime.fake_gpu import FakeGpu
 
 def frames(bundle: Bundle, stages: Any) -> bytes:
     request, _ = resolve(Wishes("w5 w9", num_inference_steps=3), bundle)
-    *_, last = generate(request, bundle, stages)
-    assert isinstance(last, Decoded)
-    return last.frames.tobytes()
+    return frames_of(generate(request, bundle, stages)).tobytes()
 
 
 def test_stages_that_are_called_make_the_frames_of_one_process(bundle: Bundle) -> None:

@@ -19,8 +19,8 @@ from ltx_engines.bundle import open_bundle
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
 from ltx_engines.triton_settings import Settings
-from ltx_trt.backend import Choice, Keep
-from ltx_trt.pipeline import Decoded, generate, plan
+from ltx_trt.backend import Choice, Memory
+from ltx_trt.pipeline import frames_of, generate, plan
 from ltx_trt.request import Wishes, resolve
 from ltx_trt.session import tensorrt_adapter
 from ltx_trt.session.bundle_stages import EngineStages
@@ -298,7 +298,7 @@ def engines(make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -
 
 def on_a_gpu(folder: Path, gpu: FakeGpu) -> EngineStages:
     device = Device.of(gpu, FakeLibrary(gpu))
-    stages = open_stages(folder, Choice(keep=Keep.fitting), open_device=lambda _: device)
+    stages = open_stages(folder, Choice(memory=Memory.auto), open_device=lambda _: device)
     assert isinstance(stages, EngineStages)
     return stages
 
@@ -319,10 +319,9 @@ def test_engines_are_loaded_before_the_server_is_ready_and_make_the_command_line
     with on_a_gpu(engines, FakeGpu()) as stages:
         request, _ = resolve(Wishes("w5 w9"), stages.bundle)
         stages.prepare(plan(request, stages.bundle.manifest))
-        *_, last = generate(request, stages.bundle, stages)
-    assert isinstance(last, Decoded)
+        made = frames_of(generate(request, stages.bundle, stages))
     done = client.heard[-1].event
-    assert done["sha256"] == sha256(last.frames.tobytes()).hexdigest()
+    assert done["sha256"] == sha256(made.tobytes()).hexdigest()
     assert done["device_memory"] > 0
 
 

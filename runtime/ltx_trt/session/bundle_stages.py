@@ -12,23 +12,31 @@ from ltx_engines.engine_entry import Chain
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
 from ltx_engines.stages import SAMPLER_STEP
-from ltx_trt.backend import Choice, Keep
+from ltx_trt.backend import Choice, Memory, TextEncoderDevice
+from ltx_trt.passes import UPSAMPLER
 from ltx_trt.pipeline import Planned
-from ltx_trt.session import Opened, Session, buckets, lora_weights, refit, residency, sizes
+from ltx_trt.prompt_cache import Encoder, PromptCache, RememberingEncoder
+from ltx_trt.session import Opened, Session, buckets, refit, residency, sizes, vae_tiles
+from ltx_trt.session.asked import Asked, advice, asked
 from ltx_trt.session.closing import close_all, told
 from ltx_trt.session.device import Device
 from ltx_trt.session.device_loop import DeviceLoop, Engines
+from ltx_trt.session.graph_stages import TEXT_ENCODER, Graphs
+from ltx_trt.session.kept import Kept
 from ltx_trt.session.memory import Watch
 from ltx_trt.session.needs import of_loop
-from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
 from ltx_trt.session.opening import Opening, needed
 from ltx_trt.session.residency import Need, Residency
 from ltx_trt.session.runner import Runner
 from ltx_trt.session.tensorrt_session import TensorRTSession
+from ltx_trt.session.vae_tiles import EngineTiles, TileSession
 
 TRANSFORMER, DECODER = "transformer", "vae_decoder"
-USED = ("text_encoder", TRANSFORMER, DECODER)
-"""The stages of a clip, in order of use."""
+USED = (TEXT_ENCODER, TRANSFORMER, DECODER)
+"""The stages of every clip, in order of use."""
+
+SOMETIMES = ("vae_encoder", UPSAMPLER)
+"""Those of clips that are given images, and of those in two passes."""
 
 
 class Stages(Protocol):
@@ -45,6 +53,11 @@ class Stages(Protocol):
     @property
     def loras(self) -> tuple[str, ...]:
         """Those that are added, as they were named."""
+        ...
+
+    @property
+    def prompts(self) -> PromptCache | None:
+        """Where texts are found that were encoded before, if they are looked for."""
         ...
 
     def prepare(self, planned: Planned, /) -> tuple[str, ...]:
@@ -67,33 +80,6 @@ class Stages(Protocol):
     ) -> None: ...
 
 
-class OnnxRuntimeStages:
-    """Implements Stages. Graphs take any clip, and are closed after use."""
-
-    def __init__(self, bundle: Bundle, choice: Choice) -> None:
-        self.bundle, self._choice = bundle, choice
-        self._lora = refit.asked(bundle, (), choice.loras)
-        self.watch: Watch | None = None
-        self.loras = choice.loras
-
-    def prepare(self, _: Planned, /) -> tuple[str, ...]:
-        return ()
-
-    def __call__(self, stage: str) -> Session:
-        return _on_onnxruntime(self.bundle, stage, self._choice, self._lora)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
-
-
 class EngineStages:
     """Implements Stages. `chains` has an entry for each stage that has engines; the others run on
     ONNX Runtime, and `prepare` says so. Closes the device."""
@@ -107,31 +93,46 @@ class EngineStages:
         self._lora = refit.asked(bundle, chains.get(TRANSFORMER, ()), choice.loras)
         self._opening = Opening(bundle, device, self._lora)
         self._plan: dict[str, Residency] = {}
-        self._kept: dict[str, Session] = {}
-        self._keeps, self._loop = False, 0
+        self._kept, self._keeps, self._loop = Kept(), False, 0
+        self._used = frozenset(USED)
         with told("the GPU's memory"):
             self._budget = residency.budget(choice.device_memory, device.driver.memory()[0])
+        self._graphs = Graphs(bundle, choice, self._lora, self._without())
+        self.prompts = self._prompts()
+        self._tiles = {
+            stage: EngineTiles(stage, chain[0].key.profiles, bundle.manifest, choice.vae_tile)
+            for stage, chain in chains.items()
+            if stage in vae_tiles.VAE
+        }
 
     def prepare(self, planned: Planned, /) -> tuple[str, ...]:
-        clip = sizes.of_clip(planned.shape, self.bundle.manifest)
-        for stage, chain in self._chains.items():
-            batches = planned.batches if stage == TRANSFORMER else (1,)
-            for batch in sorted(set(batches)):
-                self._check_bucket(planned, stage, chain, {**clip, "batch": batch})
+        wishes = tuple(asked(planned, self.bundle.manifest))
+        for wish in wishes:
+            if wish.stage in self._chains:
+                self._check_bucket(planned, self._in_tiles(wish))
         self._make_room(planned)
+        grids = [(wish.stage, wish.clip.latent) for wish in wishes]
         notes = residency.notes(list(self._plan.values()))
-        return (*self._missing(), *self._scarce(), *notes, *self._check_loras())
+        return (
+            *self._missing(planned),
+            *self._scarce(),
+            *self._policy(),
+            *self._graphs.notes(planned, self._chains),
+            *vae_tiles.notes(grids, self._tiles),
+            *notes,
+            *self._check_loras(),
+        )
 
     def __call__(self, stage: str) -> Opened:
+        if stage == TEXT_ENCODER and self.prompts is not None:
+            return RememberingEncoder(self.prompts, partial(self._opened, stage))
+        return self._opened(stage)
+
+    def _opened(self, stage: str) -> Opened:
         if stage not in self._chains:
-            return _on_onnxruntime(self.bundle, stage, self._choice, self._lora)
-        if stage in self._kept:
-            return _Lent(self._kept[stage])
-        session = self._open(stage)
-        if not self._keeps:
-            return session
-        self._kept[stage] = session
-        return _Lent(session)
+            return self._graphs(stage)
+        opening = partial(self._open, stage)
+        return self._kept.lend(stage, opening) if self._keeps else opening()
 
     def __enter__(self) -> Self:
         return self
@@ -142,10 +143,12 @@ class EngineStages:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        kept, self._kept = list(self._kept.values()), {}
-        steps = [partial(session.__exit__, kind, error, trace) for session in kept]
+        steps = [partial(session.__exit__, kind, error, trace) for session in self._kept.take()]
         with told("closing the GPU"):
-            close_all((*steps, partial(self._device.close, error)), error)
+            close_all(
+                (*steps, partial(self._graphs.close, error), partial(self._device.close, error)),
+                error,
+            )
 
     def clips(self) -> tuple[VideoShape, ...]:
         """The largest of each size that the decoder's engines were built for."""
@@ -154,71 +157,101 @@ class EngineStages:
     def alone(self, stage: str) -> Session:
         """A stage that is used without the others, for any clip that its engines take."""
         if stage not in self._chains:
-            return _on_onnxruntime(self.bundle, stage, self._choice, self._lora)
-        need = needed(self.bundle.manifest, self._chains[stage])
-        (found,) = residency.plan([need], self._budget)
-        runner = self._runner(stage, found)
-        return TensorRTSession(stage, self.bundle.stage(stage), self._device, runner)
+            return self._graphs.alone(stage)
+        chain = self._chains[stage]
+        (row,) = residency.plan([needed(self.bundle.manifest, chain)], self._budget)
+        return self._tiled(stage, self._session(stage, self._runner(stage, row)))
 
     def _open(self, stage: str) -> Session:
         if stage not in self._plan:
             raise ValueError("stages are prepared for a clip before one is opened")
         runner = self._runner(stage, self._plan[stage])
-        entry, device = self.bundle.stage(stage), self._device
-        session = TensorRTSession(stage, entry, device, runner)
+        session = self._session(stage, runner)
         if stage != TRANSFORMER or SAMPLER_STEP not in self._chains:
-            return session
+            return self._tiled(stage, session)
         try:
             with told(f"stage {SAMPLER_STEP}"):
                 step = self._opening.step(self._chains[SAMPLER_STEP])
         except BaseException as error:
             session.close(error)
             raise
-        graphs = self._choice.cuda_graphs
-        return DeviceLoop(session, Engines(device, runner, step), cuda_graphs=graphs)
+        graphs, engines = self._choice.cuda_graphs, Engines(self._device, runner, step)
+        return DeviceLoop(session, engines, cuda_graphs=graphs)
 
-    def _runner(self, stage: str, found: Residency) -> Runner:
+    def _runner(self, stage: str, row: Residency) -> Runner:
         with told(f"stage {stage}"):
-            return self._opening.runner(self._chains[stage], found)
+            return self._opening.runner(self._chains[stage], row)
+
+    def _session(self, stage: str, runner: Runner) -> TensorRTSession:
+        return TensorRTSession(stage, self.bundle.stage(stage), self._device, runner)
+
+    def _tiled(self, stage: str, session: Session) -> Session:
+        return TileSession(session, self._tiles[stage]) if stage in self._tiles else session
 
     def _make_room(self, planned: Planned) -> None:
-        """The plan is for the longest loop of all clips so far; what the budget is for does not
-        change else. Stages that are kept go when a longer one takes their room."""
-        loop, transformer = 0, self._chains.get(TRANSFORMER, ())
+        """The plan is for the stages and the longest loop of all clips so far; what the budget is
+        for does not change else. Stages that are kept go when more takes their room."""
+        loop, transformer = self._loop, self._chains.get(TRANSFORMER, ())
         if transformer and SAMPLER_STEP in self._chains:
-            loop = of_loop(self.bundle.manifest, transformer, planned)
-        if self._plan and loop <= self._loop:
+            passes = (one for one in planned.passes if one.loops)
+            loops = (of_loop(self.bundle.manifest, transformer, one) for one in passes)
+            loop = max((loop, *loops))
+        used = self._used.union(planned.stages)
+        if self._plan and (loop, used) == (self._loop, self._used):
             return
-        before = self._plan
+        before, self._used = self._plan, used
         self._plan = {row.need.stage: row for row in self._residencies(self._needs(loop))}
         self._loop = loop
         if not self._keeps or any(r.room != self._plan[s].room for s, r in before.items()):
-            kept, self._kept = list(self._kept.values()), {}
-            close_all(partial(session.__exit__, None, None, None) for session in kept)
+            close_all(partial(one.__exit__, None, None, None) for one in self._kept.take())
 
     def _needs(self, loop: int) -> list[Need]:
         step, manifest = self._chains.get(SAMPLER_STEP, ()), self.bundle.manifest
         found = []
         for stage, chain in self._chains.items():
+            if stage not in self._used:
+                continue
             if stage == TRANSFORMER:
                 need = needed(manifest, chain, step)
                 found.append(replace(need, buffers=need.buffers + loop))
-            elif stage != SAMPLER_STEP:
+            else:
                 found.append(needed(manifest, chain))
         return found
 
     def _residencies(self, needs: Sequence[Need]) -> list[Residency]:
         self._keeps = False
-        if self._choice.keep is Keep.never:
+        if self._choice.memory is Memory.staged:
             return residency.plan(needs, self._budget)
         try:
             found = residency.plan(needs, self._budget, kept=[n.stage for n in needs])
         except UserError:
-            if self._choice.keep is Keep.always:
+            if self._choice.memory is Memory.resident:
                 raise
             return residency.plan(needs, self._budget)
         self._keeps = True
         return found
+
+    def _policy(self) -> tuple[str, ...]:
+        """What `auto` came to."""
+        if self._choice.memory is not Memory.auto or not self._plan:
+            return ()
+        if not self._keeps:
+            return (f"memory: staged, all stages do not fit into {said(self._budget)} at once",)
+        total = max(row.total for row in self._plan.values())
+        return (f"memory: resident, all stages take {said(total)} of {said(self._budget)}",)
+
+    def _prompts(self) -> PromptCache | None:
+        folder = self._choice.prompt_cache
+        encoder = None if folder is None else self._encoder()
+        return None if folder is None or encoder is None else PromptCache(folder, encoder)
+
+    def _encoder(self) -> Encoder | None:
+        if not (chain := self._chains.get(TEXT_ENCODER, ())):
+            return self._graphs.encoder()
+        library, driver = self._device.library, self._device.driver
+        weights = self.bundle.stage(TEXT_ENCODER).weights if chain[0].weights == "inputs" else ()
+        computed_by = {"library": library.flavour, "version": library.version, "gpu": driver.name}
+        return Encoder.of(self.bundle, (*(one.file for one in chain), *weights), computed_by)
 
     def _check_loras(self) -> tuple[str, ...]:
         rows = (self._opening.check_lora(self._chains[s], row) for s, row in self._plan.items())
@@ -230,52 +263,40 @@ class EngineStages:
             return ()
         return (f"of --device-memory {said(wished)}, {said(self._budget)} can be used",)
 
-    def _missing(self) -> tuple[str, ...]:
-        without = [stage for stage in USED if stage not in self._chains]
+    def _missing(self, planned: Planned) -> tuple[str, ...]:
+        wished = {TEXT_ENCODER} if self._choice.text_encoder is TextEncoderDevice.cpu else set()
+        without = [s for s in planned.stages if s not in self._chains and s not in wished]
         notes = [f"{stage} has no engine and runs on ONNX Runtime" for stage in without]
-        if TRANSFORMER in self._chains and SAMPLER_STEP not in self._chains:
+        looped = any(one.loops for one in planned.passes)
+        if looped and TRANSFORMER in self._chains and SAMPLER_STEP not in self._chains:
             notes.append(f"without an engine of {SAMPLER_STEP}, each step comes back to the host")
+        if TRANSFORMER in self._chains and any(one.cached for one in planned.passes):
+            notes.append("with step caching, each step comes back to the host")
         return tuple(notes)
 
-    def _check_bucket(
-        self, planned: Planned, stage: str, chain: Chain, wanted: Mapping[str, int]
-    ) -> None:
-        if not (lacks := buckets.refusal(chain[0].key.profiles, wanted)):
+    def _without(self) -> list[str]:
+        """Those of the bundle that ONNX Runtime may have to compute."""
+        there = [stage for stage in (*USED, *SOMETIMES) if stage in self.bundle.manifest.stages]
+        return [stage for stage in there if stage not in self._chains]
+
+    def _in_tiles(self, wish: Asked) -> Asked:
+        """What the stage's engines are given at once."""
+        choose = self._tiles.get(wish.stage)
+        tile = None if choose is None else choose(wish.clip.latent)
+        if tile is None:
+            return wish
+        clip = vae_tiles.shape(tile)
+        return Asked(wish.stage, clip, {**sizes.of_clip(clip, self.bundle.manifest), "batch": 1})
+
+    def _check_bucket(self, planned: Planned, wish: Asked) -> None:
+        profiles = self._chains[wish.stage][0].key.profiles
+        if not (lacks := buckets.refusal(profiles, wish.sizes)):
             return
-        clip, made = buckets.word(planned.shape), [buckets.word(made) for made in self.clips()]
+        clip, made = buckets.word(wish.clip), [buckets.word(made) for made in self.clips()]
         there = f" (it was built for {', '.join(made)})" if made else ""
         raise UserError(
-            f"no engine of {stage} takes {clip} with {wanted['batch']} branches: the nearest takes "
-            f"{lacks}{there}; make such a clip, or build it: ltx-export build-engine "
-            f"{self.bundle.path} --gpu sm{self._device.driver.capability} --shape {clip}"
+            f"no engine of {wish.stage} takes {clip} with {wish.branches} branches: the nearest "
+            f"takes {lacks}{there}; make such a clip, or build it: ltx-export build-engine "
+            f"{self.bundle.path} --gpu sm{self._device.driver.capability} "
+            f"{advice(planned, self.bundle.manifest)}"
         )
-
-
-def _on_onnxruntime(
-    bundle: Bundle, stage: str, choice: Choice, lora: lora_weights.Plan | None
-) -> OnnxRuntimeSession:
-    return OnnxRuntimeSession.open(
-        bundle,
-        stage,
-        provider=None if choice.provider is None else choice.provider.value,
-        threads=choice.threads,
-        weights=lora_weights.of_stage(lora, stage),
-    )
-
-
-class _Lent:
-    """A session that stays open when its user is done with it."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    def __enter__(self) -> Session:
-        return self._session
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass

@@ -18,12 +18,13 @@ from ltx_engines.errors import UserError
 from ltx_engines.libraries import COMMANDS
 from ltx_engines.stages import SAMPLER_STEP
 from ltx_engines.targets import Flavour
-from ltx_trt.backend import Backend, Choice, Keep
+from ltx_trt.backend import Backend, Choice, TextEncoderDevice
 from ltx_trt.session import onnxruntime_session, tensorrt_adapter
-from ltx_trt.session.bundle_stages import USED, EngineStages, OnnxRuntimeStages, Stages
+from ltx_trt.session.bundle_stages import SOMETIMES, USED, EngineStages, Stages
 from ltx_trt.session.device import Device
 from ltx_trt.session.driver import DeviceError
 from ltx_trt.session.engine_api import EngineError
+from ltx_trt.session.graph_stages import TEXT_ENCODER, OnnxRuntimeStages
 
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
 
@@ -46,10 +47,11 @@ def open_stages(folder: Path, choice: Choice, *, open_device: OpenDevice | None 
         UserError: no bundle, or it cannot be run here in the way that was chosen.
     """
     manifest = read(folder)
+    aside = _aside(manifest, choice)
     if not (flavours := _flavours(folder, manifest, choice.backend)):
         _check_flags(folder, choice)
         return OnnxRuntimeStages(open_bundle(folder), choice)
-    found = _first(_Built(folder, manifest), flavours, open_device or Device.open)
+    found = _first(_Built(folder, manifest, aside), flavours, open_device or Device.open)
     try:
         if choice.threads is not None and all(stage in found.chains for stage in USED):
             raise UserError(
@@ -62,6 +64,21 @@ def open_stages(folder: Path, choice: Choice, *, open_device: OpenDevice | None 
         raise
 
 
+def _aside(manifest: Manifest, choice: Choice) -> frozenset[str]:
+    """
+    Raises:
+        UserError: the CPU cannot compute the text encoder, which is wished.
+    """
+    if choice.text_encoder is not TextEncoderDevice.cpu:
+        return frozenset()
+    if (entry := manifest.stages.get(TEXT_ENCODER)) is not None:
+        try:
+            onnxruntime_session.check_cpu(TEXT_ENCODER, entry)
+        except UserError as error:
+            raise UserError(f"--text-encoder-device cpu: {error}") from None
+    return frozenset({TEXT_ENCODER})
+
+
 def _check_flags(folder: Path, choice: Choice) -> None:
     """
     Raises:
@@ -71,8 +88,6 @@ def _check_flags(folder: Path, choice: Choice) -> None:
     build = "or build engines: ltx-export build-engine"
     if choice.device_memory is not None:
         raise UserError(f"{here}, which takes what it needs; leave out --device-memory, {build}")
-    if choice.keep is Keep.always:
-        raise UserError(f"{here}, stage by stage; leave out --keep-loaded, {build}")
     if not choice.cuda_graphs:
         raise UserError(f"{here}, which has no CUDA graphs; leave out --no-cuda-graphs, {build}")
 
@@ -95,8 +110,11 @@ def _flavours(folder: Path, manifest: Manifest, backend: Backend) -> Sequence[Fl
 
 @dataclass(frozen=True, slots=True)
 class _Built:
+    """`aside` are stages whose engines are not used."""
+
     folder: Path
     manifest: Manifest
+    aside: frozenset[str] = frozenset()
 
     def engines(self, flavour: Flavour) -> list[EngineEntry]:
         return [engine for engine in self.manifest.engines if engine.key.flavour == flavour]
@@ -164,8 +182,8 @@ def _chains(built: _Built, device: Device) -> dict[str, Chain]:
         here = f"this GPU is SM{capability} ({device.driver.name})"
         raise _MisfitError(f"{said}, {here}", again)
     chains = {}
-    for stage in (*USED, SAMPLER_STEP):
-        if any(engine.key.stage == stage for engine in engines):
+    for stage in (*USED, *SOMETIMES, SAMPLER_STEP):
+        if stage not in built.aside and any(engine.key.stage == stage for engine in engines):
             try:
                 chains[stage] = chain = engine_entry.choose(
                     built.folder, built.manifest, stage, capability, flavour

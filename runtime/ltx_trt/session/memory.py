@@ -169,6 +169,6 @@ def out_of_memory(driver: Driver, size: int, what: str) -> UserError:
     return UserError(
         f"{driver.name} has no room for {what}: wanted {byte_sizes.said(size)}, free are "
         f"{byte_sizes.said(free)} of {byte_sizes.said(total)}; make the clip smaller or shorter, "
-        "have one stage there at a time (no --keep-loaded), or let weights be streamed with a "
+        "have one stage there at a time (--memory staged), or let weights be streamed with a "
         "smaller --device-memory"
     )

@@ -6,7 +6,7 @@ from math import prod
 from ltx_engines.bundle import EngineEntry, Manifest
 from ltx_engines.engine_entry import Chain
 from ltx_engines.stages import BRANCHES, COEFFICIENTS
-from ltx_trt.pipeline import Planned
+from ltx_trt.passes import Pass
 from ltx_trt.session import sizes
 from ltx_trt.session.chain_runner import slots
 from ltx_trt.session.element_types import stored
@@ -39,10 +39,10 @@ def need(
     )
 
 
-def of_loop(manifest: Manifest, transformer: Chain, planned: Planned) -> int:
+def of_loop(manifest: Manifest, transformer: Chain, one: Pass) -> int:
     """What the loop over the steps has on the card beside the buffers of its two engines (`need`):
     a row and a noise for each step, and the prompts of each set of branches but one."""
-    model, clip = manifest.model, sizes.of_clip(planned.shape, manifest)
+    model, clip = manifest.model, sizes.of_clip(one.shape, manifest)
     tensors = {tensor.name: tensor for entry in transformer for tensor in entry.inputs}
     prompt = sum(
         prod(clip[axis] if isinstance(axis, str) else axis for axis in tensors[name].axes[1:])
@@ -52,8 +52,8 @@ def of_loop(manifest: Manifest, transformer: Chain, planned: Planned) -> int:
     small = (len(BRANCHES), len(COEFFICIENTS), model.num_layers * len(BRANCHES))
     row = sum(aligned(WIDEST * number) for number in small)
     noise = WIDEST * clip["tokens"] * model.latent_channels
-    prompts = max(0, planned.prompts - max(planned.batches)) * prompt
-    rows, noises = len(planned.batches) * row, planned.noises * noise
+    prompts = max(0, one.prompts - max(one.batches)) * prompt
+    rows, noises = len(one.batches) * row, one.noises * noise
     return sum(aligned(size) for size in (rows, noises, prompts) if size)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from ltx_engines import cpu
 from ltx_engines.bundle import Bundle, StageEntry
 from ltx_engines.errors import UserError
-from ltx_engines.providers import Provider, refusal
+from ltx_engines.providers import NAMES, Provider, refusal
 from ltx_trt.session import Array, Feeds, check_feeds
 from ltx_trt.session.element_types import from_bfloat16 as from_bfloat16
 from ltx_trt.session.element_types import to_bfloat16 as to_bfloat16
@@ -151,6 +151,29 @@ def _package() -> Any:
     return onnxruntime
 
 
+def provider_name(provider: Provider | None) -> str:
+    """Of what stages are computed by, as ONNX Runtime calls it.
+
+    Raises:
+        UserError: there is no ONNX Runtime.
+    """
+    return _name(_package(), provider)
+
+
+def version() -> str:
+    """
+    Raises:
+        UserError: there is no ONNX Runtime.
+    """
+    return str(_package().__version__)
+
+
+def _name(ort: Any, provider: Provider | None) -> str:
+    if provider is not None:
+        return NAMES[provider]
+    return CUDA if CUDA in ort.get_available_providers() else CPU
+
+
 def _asked(ort: Any, bundle: Bundle, stage: str, provider: Provider | None) -> Asked:
     """
     Raises:
@@ -159,8 +182,7 @@ def _asked(ort: Any, bundle: Bundle, stage: str, provider: Provider | None) -> A
     entry = bundle.stage(stage)
     if provider is None or provider == "cpu":
         _check_formats(stage, entry)
-        available = ort.get_available_providers()
-        name = CUDA if provider is None and CUDA in available else CPU
+        name = _name(ort, provider)
         if name == CPU:
             _check_cpu(stage, entry)
         return Asked(name)

@@ -168,13 +168,17 @@ def _stage(need: Need, fixed: int, budget: int, *, held: int, kept: bool) -> Res
         return Residency(need, parts, False, fixed, budget, allowance=room)
     if places == 0 or parts == 1 or kept:
         weights = sum(need.weights) if kept else max(need.weights)
-        advice = "leave out --keep-loaded" if held or kept else _advice(need, room)
+        advice = "choose --memory staged" if held or kept else _advice(need, room)
         raise UserError(_refusal(need, fixed, weights, budget, advice))
     return Residency(need, places, places > 1, fixed, budget)
 
 
 def _advice(need: Need, room: int) -> str:
+    if need.stage == "text_encoder":  # no clip makes it smaller
+        return "compute it on the CPU: --text-encoder-device cpu"
     smaller = "make the clip smaller or shorter"
+    if need.stage.startswith("vae_"):
+        return "build it for smaller tiles (ltx-export build-engine --vae-tile WxHxF)"
     if room <= 0:
         return smaller
     if len(need.weights) > 1:

@@ -12,8 +12,8 @@ from ltx_engines.bundle import Bundle, StageEntry, open_bundle
 from ltx_engines.errors import UserError
 from ltx_engines.triton_plans import plans
 from ltx_trt.pipeline import Planned
+from ltx_trt.prompt_cache import PromptCache
 from ltx_trt.session import FLOATS, Array, Feeds, check_feeds
-from ltx_trt.session.bundle_stages import USED
 from ltx_trt.session.memory import Watch
 from ltx_trt.session.sizes import outputs
 
@@ -37,10 +37,11 @@ class CalledStages:
         self._models = models
         self.watch: Watch | None = None
         self.loras: tuple[str, ...] = ()
+        self.prompts: PromptCache | None = None
 
-    def prepare(self, _: Planned, /) -> tuple[str, ...]:
+    def prepare(self, planned: Planned, /) -> tuple[str, ...]:
         """Each of them is asked first: the last one is called when all steps are done."""
-        if away := [stage for stage in USED if not self._models.ready(stage)]:
+        if away := [stage for stage in planned.stages if not self._models.ready(stage)]:
             raise UserError(
                 f"the server has no {', '.join(away)} that is ready, and makes no clips without; "
                 "its log says why"

@@ -15,11 +15,12 @@ from typing import Self
 
 from ltx_engines.bundle import Bundle
 from ltx_engines.errors import UserError
-from ltx_engines.shapes import VideoShape
+from ltx_engines.shapes import VideoShape, wished_size
+from ltx_engines.triton_model import served
 from ltx_trt.pipeline import Planned, generate, plan
 from ltx_trt.request import Request, Wishes, resolve
 from ltx_trt.session import Opened, OpenSession, Session
-from ltx_trt.session.bundle_stages import TRANSFORMER, USED, EngineStages, Stages
+from ltx_trt.session.bundle_stages import TRANSFORMER, EngineStages, Stages
 from ltx_trt.session.memory import Watch
 from ltx_trt.triton.batching import Batcher, Limits
 
@@ -64,7 +65,7 @@ class SharedStages:
     def __enter__(self) -> Self:
         with ExitStack() as held:
             held.enter_context(self._stages)
-            for stage in USED:
+            for stage in served(self.bundle.manifest):
                 self._open[stage] = held.enter_context(self._stages(stage))
             self._held = held.pop_all()
         entry = self.bundle.stage(TRANSFORMER)
@@ -82,7 +83,7 @@ class SharedStages:
 
 
 class ExclusiveStages:
-    """One request at a time. What stays open between two is the stages' own matter (`Keep`)."""
+    """One request at a time. What stays open between two is the stages' own matter (`Memory`)."""
 
     def __init__(self, stages: EngineStages) -> None:
         self._stages, self._turn = stages, Lock()
@@ -134,10 +135,15 @@ Studio = SharedStages | ExclusiveStages
 
 
 def _shortest(clip: VideoShape, bundle: Bundle) -> Request:
-    """In two steps, or in as many as a model that allows no others has."""
-    wishes = Wishes("warm-up", None, clip.width, clip.height, clip.frames, num_inference_steps=2)
-    request, _ = resolve(wishes, bundle)
+    """In two steps, or in as many as a model that allows no others has. Of two passes, `clip` is
+    the second one's."""
+    defaults = bundle.manifest.defaults
+    height, width = clip.height, clip.width
+    if defaults.second is not None:
+        height, width = wished_size(height, width, defaults.downscale_factor)
+    wishes = Wishes("warm-up", None, width, height, clip.frames, num_inference_steps=2)
     try:
+        request, _ = resolve(wishes, bundle)
         plan(request, bundle.manifest)
     except UserError:
         request, _ = resolve(replace(wishes, num_inference_steps=None), bundle)

@@ -103,7 +103,8 @@ def _order(values: dict[str, Any], bundle: Bundle, settings: Settings) -> Order:
 
 def _check_size(request: Request, settings: Settings) -> None:
     """Before anything of that size is made."""
-    if (count := request.steps.num_inference_steps) > settings.most_steps:
+    steps = [request.steps, *([] if request.second is None else [request.second.steps])]
+    if (count := sum(one.count for one in steps)) > settings.most_steps:
         raise UserError(f"{count} steps; this server makes at most {settings.most_steps}")
     shape = choose_shape(request)
     if (pixels := shape.frames * shape.height * shape.width) > settings.most_pixels:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from threading import BoundedSemaphore, Thread
 from time import perf_counter
@@ -19,14 +20,16 @@ from ltx_engines.stages import BRANCHES
 from ltx_engines.triton_settings import Settings, read
 from ltx_ref.checkpoint import CheckpointError
 from ltx_trt import media
-from ltx_trt.backend import Backend, Choice, Keep
-from ltx_trt.job import Report, seconds_by_stage
+from ltx_trt.backend import Backend, Choice, Memory
+from ltx_trt.job import Frames, Report, seconds_by_stage
 from ltx_trt.pipeline import (
     Decoded,
     Event,
     PromptEncoded,
     StageOpened,
     StepDone,
+    Upsampled,
+    frames_of,
     generate,
 )
 from ltx_trt.session.bundle_stages import USED, EngineStages
@@ -59,12 +62,13 @@ def answer(order: Order, studio: Studio, client: Client, meter: Meter) -> None:
     except (UserError, CheckpointError) as error:
         log.error("a request ended: %s", error)
         raise Refused(Status.internal, requests.without_paths(error)) from error
-    frames = next(event for event in events if isinstance(event, Decoded)).frames
+    frames = frames_of(events)
     started = perf_counter()
     video = media.video_bytes(frames, order.request.frame_rate) if order.form == "mp4" else None
     seconds = {**seconds_by_stage(events), "write": perf_counter() - started}
     memory = None if studio.watch is None else studio.watch.peak
-    report = Report.of(order.request, frames, "", order.planned.sigmas, seconds, memory)
+    made = Frames("", sha256(frames.data).hexdigest())
+    report = Report.of(order.request, made, order.planned, seconds, memory)
     done = {"event": "done", **asdict(report)}
     del done["output"]  # a file of the client's
     client.send(Response(done, video, frames if video is None else None))
@@ -72,7 +76,7 @@ def answer(order: Order, studio: Studio, client: Client, meter: Meter) -> None:
 
 def _followed(order: Order, studio: Studio, client: Client, meter: Meter) -> Iterator[Event]:
     """Every event, told to the client; no step is begun for a client who has gone."""
-    stage = ""
+    stage, decoding = "", 0.0
     with (
         studio.turn(order.planned) as open_session,
         closing(generate(order.request, studio.bundle, open_session)) as events,
@@ -86,8 +90,12 @@ def _followed(order: Order, studio: Studio, client: Client, meter: Meter) -> Ite
                 stage = event.stage
             elif isinstance(event, StepDone):
                 meter.step(event.seconds)
-            elif isinstance(event, PromptEncoded | Decoded):
+            elif isinstance(event, PromptEncoded | Upsampled):
                 meter.stage(stage, event.seconds)
+            elif isinstance(event, Decoded):
+                decoding += event.seconds
+                if event.first + len(event.frames) == event.total:
+                    meter.stage(stage, decoding)
             for told in _told(event):
                 client.send(Response(told))
             yield event
@@ -112,7 +120,7 @@ def open_studio(bundle: Path, settings: Settings, models: Models, meter: Meter) 
     limits = Limits(settings.batch_delay, rows, settings.batching)
     if settings.layout == "stages":
         return SharedStages(CalledStages(bundle, models), limits, meter.shared)
-    choice = Choice(Backend(settings.backend), settings.threads, Keep.fitting)
+    choice = Choice(Backend(settings.backend), settings.threads, Memory.auto)
     stages = open_stages(bundle, choice)
     if isinstance(stages, EngineStages):
         return ExclusiveStages(stages)

@@ -1,0 +1,229 @@
+"""In which tiles a stage of the VAE is used: such as its engines take, or as there is memory for.
+
+What a graph of the VAE takes of the host was measured with ONNX Runtime 1.31 on the CPU, float32
+(`benchmarks/vae_tiles.py`): nearly all of it is at the finest level, which has a sixteenth of the
+pixels in as many channels as its weights say.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from types import TracebackType
+from typing import Self
+
+from ltx_engines import host
+from ltx_engines.bundle import Bundle, Manifest
+from ltx_engines.byte_sizes import said
+from ltx_engines.cache_key import Profile
+from ltx_engines.errors import UserError
+from ltx_engines.shapes import SPACE, TIME, VideoShape
+from ltx_ref.checkpoint import CheckpointError, read_header
+from ltx_trt import tiles
+from ltx_trt.backend import Choice, Providers, VaeTile
+from ltx_trt.session import Array, Feeds, Session, buckets, sizes
+from ltx_trt.session.onnxruntime_session import CPU, provider_name
+from ltx_trt.tiles import LEAST, Grid
+
+VAE = frozenset({"vae_encoder", "vae_decoder"})
+
+Wish = VaeTile | VideoShape
+Choose = Callable[[Grid], Grid | None]
+"""The tile for a clip; None for all of it."""
+
+FINEST = {
+    "vae_encoder": "vae.encoder.conv_in.conv.weight",
+    "vae_decoder": "vae.decoder.conv_out.conv.weight",
+}
+CHANNELS = 128
+"""Of the finest level in every release."""
+
+PER_PIXEL, PER_CHANNEL = 20.0, {"vae_encoder": 2.0, "vae_decoder": 1.8}
+"""Bytes for each pixel of a tile, and for each of its pixels and channels of the finest level. They
+are above what was measured: a decoder took 38 bytes a pixel with 16 channels and 190 to 236 with
+128, an encoder 26 with 8 and 196 to 246 with 128."""
+
+CANVAS = 2 * 3 * 4
+"""Bytes for each pixel of the frames that one tile has, in the size of the clip: a stretch that is
+put together, and what it shares with the next."""
+
+STRETCH = 33
+"""Latent frames (257 frames) at once, at most: what is needed does not grow with the clip."""
+
+SHARE = 2
+"""One part in so many of the host's free memory is for the VAE. A choice, not a measurement."""
+
+
+class TileSession:
+    """Implements Session and Tiling."""
+
+    def __init__(self, session: Session, choose: Choose) -> None:
+        self._session, self.tile = session, choose
+
+    def __call__(self, feeds: Feeds) -> dict[str, Array]:
+        return self._session(feeds)
+
+    def __enter__(self) -> Self:
+        self._session.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._session.__exit__(kind, error, trace)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTiles:
+    """Such as one of the profiles takes."""
+
+    stage: str
+    profiles: Sequence[Profile]
+    manifest: Manifest
+    wish: Wish
+
+    def __call__(self, grid: Grid) -> Grid | None:
+        """
+        Raises:
+            UserError: tiles were wished that no engine takes.
+        """
+        if isinstance(self.wish, VideoShape):
+            return self._checked(_wished(self.wish, grid))
+        if self.wish is VaeTile.off or not self.lacks(grid):
+            return None
+        return tiles.choose(grid, self._largest(grid), lambda tile: not self.lacks(tile))
+
+    def lacks(self, tile: Grid) -> str:
+        """What the nearest profile takes instead; nothing if it is taken."""
+        clip = {**sizes.of_clip(shape(tile), self.manifest), "batch": 1}
+        return buckets.refusal(self.profiles, clip)
+
+    def _checked(self, tile: Grid | None) -> Grid | None:
+        if tile is not None and (lacks := self.lacks(tile)):
+            one = shape(tile)
+            raise UserError(
+                f"no engine of {self.stage} takes tiles of {word(tile)} (height x width x frames): "
+                f"the nearest takes {lacks}; leave out --vae-tile, or build it: ltx-export "
+                f"build-engine --vae-tile {one.width}x{one.height}x{one.frames}"
+            )
+        return tile
+
+    def _largest(self, grid: Grid) -> Iterator[Grid]:
+        """Of each profile."""
+        for profile in self.profiles:
+            frames, rows, columns = (
+                min(cells, profile[axis][2]) for cells, axis in zip(grid, sizes.GRID, strict=True)
+            )
+            if _overlaps(tile := (frames, rows, columns), grid):
+                yield tile
+
+
+@dataclass(frozen=True, slots=True)
+class HostTiles:
+    """As large as fit into `budget` bytes; None: no limit is known. `per_pixel` bytes of memory are
+    for each pixel of a tile."""
+
+    stage: str
+    per_pixel: float
+    budget: int | None
+    wish: Wish
+
+    @classmethod
+    def of(cls, stage: str, bundle: Bundle, choice: Choice) -> Self:
+        """On a GPU, ONNX Runtime does not say what is free."""
+        name = provider_name(None if choice.provider is None else choice.provider.value)
+        free = host.free_memory() if name == CPU else None
+        need = per_pixel(stage, _channels(stage, bundle))
+        return cls(stage, need, None if free is None else free // SHARE, choice.vae_tile)
+
+    def __call__(self, grid: Grid) -> Grid | None:
+        """
+        Raises:
+            UserError: not even the smallest tiles fit.
+        """
+        if isinstance(self.wish, VideoShape):
+            return _wished(self.wish, grid)
+        if self.wish is VaeTile.off:
+            return None
+        stretch = (min(grid[0], STRETCH), *grid[1:])
+        if self.budget is None or self.need(stretch, grid) <= self.budget:
+            return None if stretch == grid else stretch
+        budget = self.budget
+        found = tiles.choose(grid, tiles.every(grid), lambda tile: self.need(tile, grid) <= budget)
+        if found is None:
+            frames, rows, columns = grid
+            least = (min(LEAST, frames), min(LEAST, rows), min(LEAST, columns))
+            raise UserError(
+                f"{self.stage} needs {said(self.need(least, grid))} of the host's memory for the "
+                f"smallest tiles, and may take {said(budget)}, half of what is free; make the clip "
+                f"smaller, or try it with --vae-tile {word(least)}"
+            )
+        return found
+
+    def need(self, tile: Grid, grid: Grid) -> int:
+        """Bytes at most."""
+        one = shape(tile)
+        need = int(self.per_pixel * one.frames * one.height * one.width)
+        whole = tile == grid or self.stage == "vae_encoder"
+        return need if whole else need + CANVAS * one.frames * SPACE**2 * prod(grid[1:])
+
+
+def of_graph(stage: str, bundle: Bundle, choice: Choice) -> Choose:
+    """Of what ONNX Runtime computes, which on TensorRT-RTX has profiles too."""
+    made_for = bundle.manifest.onnxruntime.get(stage)
+    if choice.provider is Providers.tensorrt_rtx and made_for is not None and made_for.profiles:
+        return EngineTiles(stage, made_for.profiles, bundle.manifest, choice.vae_tile)
+    return HostTiles.of(stage, bundle, choice)
+
+
+def per_pixel(stage: str, channels: int) -> float:
+    """Bytes of memory for each pixel of a tile."""
+    return PER_PIXEL + PER_CHANNEL[stage] * channels
+
+
+def notes(wishes: Iterable[tuple[str, Grid]], choices: Mapping[str, Choose]) -> tuple[str, ...]:
+    """On the stages that are used in tiles, of clips of these grids."""
+    found = ((stage, choices[stage](grid), grid) for stage, grid in wishes if stage in choices)
+    said = (_note(stage, tile, grid) for stage, tile, grid in found if tile is not None)
+    return tuple(dict.fromkeys(said))
+
+
+def _note(stage: str, tile: Grid, grid: Grid) -> str:
+    """For people, before the run."""
+    number = prod(tiles.count(*pair) for pair in zip(grid, tile, strict=True))
+    return f"{stage}: {number} tiles, as with --vae-tile {word(tile)}"
+
+
+def shape(grid: Grid) -> VideoShape:
+    frames, rows, columns = grid
+    return VideoShape(TIME * (frames - 1) + 1, SPACE * rows, SPACE * columns)
+
+
+def word(grid: Grid) -> str:
+    """As `--vae-tile` has it."""
+    one = shape(grid)
+    return f"{one.height}x{one.width}x{one.frames}"
+
+
+def _wished(wish: VideoShape, grid: Grid) -> Grid | None:
+    frames, rows, columns = map(min, wish.latent, grid)
+    return None if (tile := (frames, rows, columns)) == grid else tile
+
+
+def _overlaps(tile: Grid, grid: Grid) -> bool:
+    return all(t >= min(LEAST, cells) for t, cells in zip(tile, grid, strict=True))
+
+
+def _channels(stage: str, bundle: Bundle) -> int:
+    """Of the finest level, by the weights' own file; as in every release if it does not say."""
+    for name in bundle.stage(stage).weights:
+        try:
+            shapes = read_header(bundle.file(name)).shapes()
+        except CheckpointError:
+            continue
+        if FINEST[stage] in shapes:
+            ends = shapes[FINEST[stage]]
+            return ends[0] if stage == "vae_encoder" else ends[1]
+    return CHANNELS

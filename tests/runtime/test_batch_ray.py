@@ -1,0 +1,151 @@
+"""The jobs of a batch on a Ray cluster: a stand-in always, a real one where Ray is installed."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from time import sleep
+
+import pytest
+
+from ltx_trt.batch import cluster, results
+from ltx_trt.batch.results import Place
+from ltx_trt.batch_commands import ADDRESS
+from tests.runtime.batches import ltx_trt, rows
+from tests.runtime.fake_ray import Cluster
+
+pytest.importorskip("onnxruntime")
+
+LARGE = {"width": 256, "height": 256, "num_frames": 97}
+"""Long enough in the making to be killed there."""
+
+MakeBundle = Callable[..., Path]
+
+
+@pytest.fixture
+def folder(make_bundle: MakeBundle) -> Path:
+    return make_bundle()
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Path:
+    file = tmp_path / "jobs.jsonl"
+    file.write_text("".join(f'{{"prompt": "w5", "seed": {seed}}}\n' for seed in range(4)))
+    return file
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    made = Cluster()
+    monkeypatch.setitem(sys.modules, "ray", made.module())
+    monkeypatch.setattr(cluster, "find_spec", lambda name: name)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    return made
+
+
+def test_a_cluster_makes_what_this_process_makes_and_a_lost_actor_makes_nothing_twice(
+    folder: Path, jobs: Path, tmp_path: Path, ray: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ray.loses = 2
+    words = ("--bundle", folder, "--json")
+    assert ltx_trt("batch", jobs, "--out", tmp_path / "there", "--ray", *words) == 0
+    there = rows(capsys)
+    assert ltx_trt("batch", jobs, "--out", tmp_path / "here", *words) == 0
+    assert [row["sha256"] for row in there] == [row["sha256"] for row in rows(capsys)]
+    assert [row["state"] for row in there] == ["made"] * 4
+    assert (ray.started, ray.stopped) == (2, 1)
+    init, options = ray.asked
+    assert init["address"] == "local"
+    assert (options["num_cpus"], options["num_gpus"]) == (1, 0)
+    assert options["compute"] == {"size": 1, "max_tasks_in_flight_per_actor": 1}
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_an_address_and_workers_are_handed_on(
+    folder: Path, jobs: Path, tmp_path: Path, ray: Cluster
+) -> None:
+    words = ("--workers", 3, "--threads", 2, "--bundle", folder, "--out", tmp_path / "out")
+    assert ltx_trt("batch", "--ray", "ray://head:10001", jobs, *words) == 0
+    init, options = ray.asked
+    assert init["address"] == "ray://head:10001"
+    assert (options["compute"]["size"], options["num_cpus"]) == (3, 2)
+
+
+def test_a_cluster_that_is_not_there_costs_one_line(
+    folder: Path, jobs: Path, tmp_path: Path, ray: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--bundle", folder, "--out", tmp_path / "out")
+    assert ltx_trt("batch", jobs, "--ray", "nowhere:1", *words) == 2
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "ltx-trt: --ray nowhere:1: there is no such cluster (nobody answers); start it with "
+        "`ray start --head`, or leave the address out\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_ray_one_line_says_what_to_install(
+    folder: Path,
+    jobs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cluster, "find_spec", dict[str, None]().get)
+    assert ltx_trt("batch", jobs, "--ray", "--bundle", folder, "--out", tmp_path / "out") == 2
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "ltx-trt: --ray wants Ray, which is not installed; pip install 'ltx-trt[ray]'\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "is_one"),
+    [
+        ("auto", True),
+        ("10.0.0.1:6379", True),
+        ("ray://head:10001", True),
+        ("jobs.jsonl", False),
+        ("--workers", False),
+        ("/tmp/a:1", False),
+        ("", False),
+    ],
+)
+def test_what_follows_ray_is_an_address_only_if_it_looks_like_one(word: str, is_one: bool) -> None:
+    assert bool(ADDRESS.fullmatch(word)) is is_one
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_killed_worker_of_a_real_cluster_makes_nothing_twice(
+    folder: Path, jobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="pip install 'ltx-trt[ray]'")
+    from ltx_trt.batch import execution
+    from ltx_trt.batch.jobs import read
+    from ltx_trt.job import Voice
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    out = tmp_path / "out"
+    planned = execution.check(execution.Batch(read(jobs, LARGE), folder, out))
+    states = []
+    here = cluster.Cluster(cluster.LOCAL, 1, on_gpu=False)
+    for outcome in execution.execute(planned, here, Voice()):
+        states.append(outcome.state)
+        if len(states) == 1:
+            os.kill(worker(out), signal.SIGKILL)
+    assert states == ["made"] * 4
+    assert all(results.find(Place(out, f"{index:04d}", "mp4")) for index in range(4))
+    assert len(list(out.iterdir())) == 8
+
+
+def worker(out: Path) -> int:
+    """The process that is at a clip, within a minute."""
+    for _ in range(6000):
+        for file in out.glob(".*.partial/tries"):
+            with suppress(OSError, IndexError):
+                return int(file.read_text().split()[2])
+        sleep(0.01)
+    raise AssertionError("nobody is at a clip")
