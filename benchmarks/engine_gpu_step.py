@@ -29,6 +29,7 @@ from ltx_trt.coordinates import token_coordinates
 from ltx_trt.denoising import Denoises, Denoising, Text, on_the_host
 from ltx_trt.guidance import StepGuidance
 from ltx_trt.noise import Noise
+from ltx_trt.passes import Pass
 from ltx_trt.pipeline import Planned
 from ltx_trt.session import Session
 from ltx_trt.session.bundle_stages import Stages
@@ -66,8 +67,7 @@ class Counting:
 def measure(stages: Stages, shape: VideoShape, steps: int, copies: Counter[str]) -> dict[str, Any]:
     """One branch, random latents. `stages` are open, and count into `copies`."""
     job = denoising(stages, shape, WARM_UP + steps)
-    sigmas = (*(step.sigma for step in job.table), 0.0)
-    notes = stages.prepare(Planned(shape, sigmas, (1,) * len(job.table)))
+    notes = stages.prepare(Planned((Pass(shape, job.table, job.guidance),)))
     start = time.perf_counter()
     with stages("transformer") as session:
         opened = time.perf_counter() - start

@@ -127,7 +127,7 @@ def expected(asks: Iterable[Ask]) -> dict[str, Clip]:
     """Each clip that was asked for, by what was asked."""
     from ltx_trt import media
     from ltx_trt.backend import Choice
-    from ltx_trt.pipeline import Decoded, generate
+    from ltx_trt.pipeline import frames_of, generate
     from ltx_trt.request import Wishes, resolve
     from ltx_trt.session.choice import open_stages
 
@@ -136,7 +136,7 @@ def expected(asks: Iterable[Ask]) -> dict[str, Clip]:
         for clip in sorted({one.clip for one in asks if one.kind == "clip"}):
             request, _ = resolve(Wishes(**json.loads(clip)), stages.bundle)
             with closing(generate(request, stages.bundle, stages)) as events:
-                frames = next(event for event in events if isinstance(event, Decoded)).frames
+                frames = frames_of(events)
             video = media.video_bytes(frames, request.frame_rate)
             found[clip] = Clip(sha256(frames.tobytes()).hexdigest(), video)
     return found

@@ -24,7 +24,7 @@ from rich.table import Table
 from ltx_engines import pipeline_config
 from ltx_engines.bundle import Bundle, open_bundle
 from ltx_trt import media
-from ltx_trt.pipeline import Decoded, Frames, generate
+from ltx_trt.pipeline import Frames, frames_of, generate
 from ltx_trt.request import Request, Wishes, resolve
 from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
 from tiny import captions, clips
@@ -81,10 +81,7 @@ def held_out(count: int, seed: int) -> list[tuple[Scene, str]]:
 
 def clip(request: Request, bundle: Bundle, threads: int | None) -> Frames:
     opener = partial(OnnxRuntimeSession.open, bundle, threads=threads)
-    *_, last = generate(request, bundle, opener)
-    if not isinstance(last, Decoded):
-        raise TypeError(f"the pipeline ended with {type(last).__name__}, not with frames")
-    return last.frames
+    return frames_of(generate(request, bundle, opener))
 
 
 def missed(scene: Scene, seen: Seen) -> list[str]:

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "runtime/ltx_trt/ltx_tiny"
 CHECKPOINT = TINY / "ltx-tiny.safetensors"
 CONFIG = ROOT / "tools/tiny/ltx-tiny.yaml"
-RUN = (sys.executable, "-m", "ltx_trt.cli", "run")
+RUN = (sys.executable, "-m", "ltx_trt.cli", "run", "--no-prompt-cache")
 PROMPT = "a red circle moves right over a blue ground"
 SHAPE = "96x96x17"
 SIZES = ("--width", "96", "--height", "96", "--num-frames", "17")
@@ -169,7 +169,7 @@ def flavour(here: Here) -> str:
 
 def alike(here: Here, name: str, other: str) -> Facts:
     """Two clips, by metrics.py, and whether they are the same to the eye."""
-    from ltx_export import metrics
+    from ltx_engines import metrics
 
     clips = [frames(here.work / folder) for folder in (name, other)]
     found = metrics.measure(*clips)

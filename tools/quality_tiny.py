@@ -18,8 +18,8 @@ from typing import Annotated
 import typer
 
 from eval_tiny import held_out, missed
+from ltx_engines.metrics import Frames
 from ltx_export import cli, console, quality, quality_report
-from ltx_export.metrics import Frames
 from ltx_export.quality import Comparison, Order, Quality, Scorer
 from tiny.clips import Scene
 from tiny.detector import detect

@@ -12,7 +12,7 @@ import pytest
 import quality_tiny
 from eval_tiny import held_out
 from ltx_engines import prompts
-from ltx_export.metrics import Measures
+from ltx_engines.metrics import Measures
 from ltx_export.quality import Clip, Comparison, Order, Quality
 from ltx_export.recipes import load
 from ltx_export.runtime_process import Terms

@@ -1,0 +1,150 @@
+"""Tiles of a VAE decoder against the whole clip: decibels and levels of 255, a line of JSON each.
+
+python benchmarks/vae_tiles_quality.py clip|colours|random BUNDLE
+
+`clip` is one that the bundle makes of a prompt, `colours` are clips of one colour that its encoder
+has read, `random` are standard normal latents in long thin clips, for random weights.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ltx_engines.bundle import Bundle, open_bundle
+from ltx_trt import encoder, tiles
+from ltx_trt.decoder import Decoding, decode, to_frames
+from ltx_trt.noise import Noise
+from ltx_trt.pipeline import generate
+from ltx_trt.request import Wishes, resolve
+from ltx_trt.session import Feeds, Session
+from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
+from ltx_trt.session.vae_tiles import TileSession, word
+from ltx_trt.tiles import Grid
+
+Floats = NDArray[np.float32]
+Row = dict[str, Any]
+
+PROMPT = "a red circle moves right on a blue background"
+CLIP = Wishes(PROMPT, height=256, width=512, num_frames=65, num_inference_steps=8)
+CLIP_TILES: tuple[Grid, ...] = ((9, 8, 12), (9, 8, 8), (9, 8, 6), (5, 8, 16), (5, 6, 8), (2, 8, 16))
+COLOURS = ((0.73, -0.69, -0.69), (-0.69, -0.37, 0.73), (0.92, 0.65, -0.69), (-0.84, -0.84, -0.84))
+COLOUR_TILES: tuple[Grid, ...] = ((9, 4, 12), (12, 4, 12), (5, 4, 12), (9, 4, 8))
+RANDOM: tuple[tuple[Grid, Grid], ...] = (
+    ((1, 2, 36), (1, 2, 24)),
+    ((1, 36, 2), (1, 24, 2)),
+    ((36, 1, 1), (24, 1, 1)),
+    ((1, 2, 24), (1, 2, 16)),
+    ((1, 2, 12), (1, 2, 8)),
+)
+"""Clips, and tiles of which two share what each of them shares at least."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    session: Session
+    decoding: Decoding
+
+    def __call__(self, latents: Floats, tile: Grid | None) -> Floats:
+        session = TileSession(self.session, lambda _: tile)
+        return np.concatenate(list(decode(session, latents, self.decoding, Noise(3))), axis=2)
+
+
+class Listening:
+    """A decoder's session that keeps what it is given."""
+
+    def __init__(self, session: Session, heard: dict[str, Any]) -> None:
+        self._session, self._heard = session, heard
+
+    def __call__(self, feeds: Feeds) -> dict[str, Any]:
+        self._heard.update(feeds)
+        return self._session(feeds)
+
+    def __enter__(self) -> Listening:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._session.__exit__(*error)
+
+
+def opened(bundle: Bundle, stage: str) -> OnnxRuntimeSession:
+    return OnnxRuntimeSession.open(bundle, stage, provider="cpu", threads=1)
+
+
+def clip(bundle: Bundle) -> Iterator[Row]:
+    heard: dict[str, Any] = {}
+
+    def open_session(stage: str) -> Session:
+        session = opened(bundle, stage)
+        return Listening(session, heard) if stage == "vae_decoder" else session
+
+    request, _ = resolve(CLIP, bundle)
+    for _ in generate(request, bundle, open_session):
+        pass
+    with opened(bundle, "vae_decoder") as session:
+        decoder = Decoder(session, Decoding(bundle.manifest.model, noise_scale=0.0))
+        full = decoder(heard["latents"], None)
+        for tile in CLIP_TILES:
+            yield {"tile": word(tile), **compared(decoder(heard["latents"], tile), full)}
+
+
+def colours(bundle: Bundle) -> Iterator[Row]:
+    """`step` is the largest change from a frame to the next."""
+    model = bundle.manifest.model
+    with opened(bundle, "vae_encoder") as session, opened(bundle, "vae_decoder") as other:
+        decoder = Decoder(other, Decoding(model, noise_scale=0.0))
+        for colour in COLOURS:
+            one = np.array(colour, np.float32)[None, :, None, None, None]
+            pixels = np.broadcast_to(one, (1, 3, 129, 128, 512)).astype(np.float32)
+            latents = encoder.encode(session, pixels, model.latent_channels, Noise(1))
+            full = decoder(latents, None)
+            for tile in COLOUR_TILES:
+                tiled = decoder(latents, tile)
+                steps = {"step": step(tiled), "untiled_step": step(full)}
+                yield {"colour": colour, "tile": word(tile), **compared(tiled, full), **steps}
+
+
+def random(bundle: Bundle) -> Iterator[Row]:
+    model = bundle.manifest.model
+    with opened(bundle, "vae_decoder") as session:
+        decoder, known = Decoder(session, Decoding(model)), dict[Grid, Floats]()
+        for grid, tile in RANDOM:
+            shape = (1, model.latent_channels, *grid)
+            latents = np.random.default_rng(1).standard_normal(shape, np.float32)
+            if grid not in known:
+                known[grid] = decoder(latents, None)
+            full, tiled = known[grid], decoder(latents, tile)
+            error = float(np.mean((tiled - full) ** 2))
+            decibels = round(10 * float(np.log10(16 * float(full.var()) / error)), 1)
+            shared = min(tiles.overlap(t) for n, t in zip(grid, tile, strict=True) if t < n)
+            yield {"clip": word(grid), "tile": word(tile), "overlap": shared, "psnr": decibels}
+
+
+def compared(tiled: Floats, full: Floats) -> Row:
+    """Of pixels from -1 to 1, and of their frames' levels."""
+    error = float(np.mean((tiled - full) ** 2))
+    levels = [to_frames(pixels).astype(np.int16) for pixels in (tiled, full)]
+    return {
+        "psnr": round(10 * float(np.log10(4 / max(error, 1e-14))), 1),
+        "deviation": round(127.5 * float(np.abs(tiled - full).max()), 3),
+        "levels": int(np.abs(levels[0] - levels[1]).max()),
+    }
+
+
+def step(pixels: Floats) -> float:
+    return round(127.5 * float(np.abs(np.diff(pixels, axis=2)).max()), 3)
+
+
+KINDS = {"clip": clip, "colours": colours, "random": random}
+
+
+if __name__ == "__main__":
+    for row in KINDS[sys.argv[1]](open_bundle(Path(sys.argv[2]))):
+        print(json.dumps(row), flush=True)
