@@ -88,7 +88,8 @@ def test_ctrl_c_at_the_client_stops_the_server_within_a_step(
 ) -> None:
     before = counted(single, "ltx_requests_cancelled_total")
     steps = counted(single, "ltx_step_seconds_count")
-    long = {**CLIP, "num_inference_steps": 200, "width": 128, "height": 128}
+    # Longer than what the metrics wait before they tell.
+    long = {**CLIP, "num_inference_steps": 200, "width": 512, "height": 512}
     process = subprocess.Popen(
         [sys.executable, "-m", "ltx_trt.cli", *words(single, tmp_path / "out.mp4", **long)],
         stderr=subprocess.PIPE,
