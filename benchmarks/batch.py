@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,9 @@ def main() -> int:
     rows = jobs(arguments.jobs)
     found: Facts = {"benchmark": "batch", "machine": machine(), "rounds": {}}
     plans = [plan for plan in PLANS if plan.name in arguments.rounds.split(",")]
+    if any("--ray" in plan.words for plan in plans) and find_spec("ray") is None:
+        without = ",".join(plan.name for plan in PLANS if "--ray" not in plan.words)
+        parser.error(f"Ray is not installed; pip install 'ltx-trt[ray]', or --rounds {without}")
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(temporary)
         for plan in plans:
