@@ -76,7 +76,9 @@ def test_a_cancelled_request_stops_within_one_step(running: Server) -> None:
 
 
 def test_eight_at_once_are_each_as_if_alone(running: Server, run_alone: RunAlone) -> None:
-    wishes = [{**CLIP, "prompt": PROMPTS[i % 4], "seed": i} for i in range(8)]
+    total = 24  # so long that those who came late meet the others all the same
+    clip = {**CLIP, "num_inference_steps": total}
+    wishes = [{**clip, "prompt": PROMPTS[i % 4], "seed": i} for i in range(8)]
     before = running.figures()
     with ThreadPoolExecutor(8) as pool:
         heard = list(pool.map(lambda wish: ask(running.grpc, **wish), wishes))
@@ -84,13 +86,12 @@ def test_eight_at_once_are_each_as_if_alone(running: Server, run_alone: RunAlone
         video, report = run_alone(**wish)
         assert found.report["sha256"] == report["sha256"], wish
         assert found.video == video
-        assert found.steps == list(range(1, 7))
+        assert found.steps == list(range(1, total + 1))
     after = running.figures()
     shared = difference("ltx_pass_requests_sum", before, after)
     passes = difference("ltx_pass_requests_count", before, after)
-    assert shared == 8 * 6
-    # How much is shared depends on who arrives when: benchmarks/triton_server.py measures it.
-    assert passes < shared, f"{passes:g} passes for {shared:g} steps: nothing was shared"
+    assert shared == 8 * total
+    assert passes < shared / 1.5, f"{passes:g} passes for {shared:g} steps: nothing was shared"
 
 
 def test_requests_of_any_shapes_at_once_are_each_as_if_alone(
