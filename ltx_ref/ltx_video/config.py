@@ -115,6 +115,13 @@ class NoiseBlock:
     scale: int
 
 
+def multiplier(block: Block) -> int:
+    """How many times wider the decoder's block is at its entry than where it leaves."""
+    name, options = block
+    factor = options.get("multiplier", 2 if name == "res_x_y" else 1)
+    return int(factor) if name == "res_x_y" or name.startswith("compress") else 1
+
+
 def noise_blocks(config: VAEConfig) -> tuple[NoiseBlock, ...]:
     """The decoder blocks that add noise, in the order in which they are applied (VAE 0.9.1)."""
     found, scale = [], 1

@@ -20,9 +20,11 @@ from ltx_ref.ltx_video.config import (
     PaddingMode,
     Stride,
     VAEConfig,
+    multiplier,
     noise_blocks,
 )
 from ltx_ref.ltx_video.transformer import TimestepEmbedding
+from ltx_ref.ltx_video.vae_stream import Frames, Past, Stream, WholeClip
 
 
 class VideoVAE(nn.Module):
@@ -55,12 +57,39 @@ class VideoVAE(nn.Module):
                 with timestep conditioning.
             noises: one tensor for each of `noise_blocks(config)`: maps, rows, columns.
         """
+        return self._decode(latents, timestep, noises, WholeClip(self.config.causal_decoder))
+
+    def decode_next(
+        self,
+        latents: Tensor,
+        past: Past,
+        timestep: Tensor | None = None,
+        noises: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The same pixels, of as many frames at once as `latents` has, 8 F of them: those from
+        8 first - `delay(config)` on. Those before the clip and after its end mean nothing.
+
+        Args:
+            latents: B latent_channels F H W, those that follow; after the clip's end any.
+            past: where they are, and the last two frames that each convolution saw.
+            timestep, noises: as for `decode`, the same for every call of a clip.
+
+        Returns:
+            B 3 8F 32H 32W, and what the next call is given as `past.frames`.
+        """
+        time = Stream(self.config.causal_decoder, past)
+        pixels = self._decode(latents, timestep, noises, time)
+        return pixels, time.left()
+
+    def _decode(
+        self, latents: Tensor, timestep: Tensor | None, noises: Sequence[Tensor], time: Frames
+    ) -> Tensor:
         if (timestep is not None) != self.config.timestep_conditioning:
             raise ValueError("timestep is for decoders with timestep conditioning, and required")
         if len(noises) != len(self.decoder.noise_blocks):
             raise ValueError(f"{len(noises)} noises, wanted {len(self.decoder.noise_blocks)}")
         pixels: Tensor = self.decoder(
-            self.per_channel_statistics.denormalise(latents), timestep, noises
+            self.per_channel_statistics.denormalise(latents), timestep, noises, time
         )
         return pixels
 
@@ -101,10 +130,11 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean B C F H W and log-variance B 1 F H W; all channels share one variance."""
-        x = self.conv_in(patchify(pixels, self.config.patch_size), causal=True)
+        time = WholeClip(causal=True)
+        x = self.conv_in(patchify(pixels, self.config.patch_size), time)
         for block in self.down_blocks:
-            x = block(x, causal=True)
-        moments = self.conv_out(F.silu(pixel_norm(x)), causal=True)
+            x = block(x, time)
+        moments = self.conv_out(F.silu(pixel_norm(x)), time)
         mean, log_variance = moments.split([self.config.latent_channels, 1], dim=1)
         return mean, log_variance.clamp(-30.0, 20.0)
 
@@ -134,29 +164,30 @@ class Decoder(nn.Module):
         self.noise_blocks = noise_blocks(config)
         mode = config.spatial_padding_mode
         blocks = tuple(reversed(config.decoder_blocks))
-        width = config.decoder_base_channels * prod(_multiplier(block) for block in blocks)
+        width = config.decoder_base_channels * prod(multiplier(block) for block in blocks)
         self.conv_in = CausalConv3d(config.latent_channels, width, mode)
         self.up_blocks = nn.ModuleList()
         for block in blocks:
             self.up_blocks.append(_up_block(block, width, config))
-            width //= _multiplier(block)
+            width //= multiplier(block)
         if config.timestep_conditioning:
             self.timestep_scale_multiplier = nn.Parameter(torch.tensor(1000.0))
             self.last_time_embedder = TimestepEmbedding(2 * width)
             self.last_scale_shift_table = nn.Parameter(torch.zeros(2, width))
         self.conv_out = CausalConv3d(width, config.out_channels * config.patch_size**2, mode)
 
-    def forward(self, latents: Tensor, timestep: Tensor | None, noises: Sequence[Tensor]) -> Tensor:
-        causal = self.config.causal_decoder
+    def forward(
+        self, latents: Tensor, timestep: Tensor | None, noises: Sequence[Tensor], time: Frames
+    ) -> Tensor:
         noise_of = {n.block: noise for n, noise in zip(self.noise_blocks, noises, strict=True)}
         scaled = None if timestep is None else timestep * self.timestep_scale_multiplier.float()
 
-        x = self.conv_in(latents, causal=causal)
+        x = self.conv_in(time.joined(latents), time)
         for index, block in enumerate(self.up_blocks):
             if isinstance(block, ResBlocks):
-                x = block(x, causal=causal, timestep=scaled, noise=noise_of.get(index))
+                x = block(x, time, timestep=scaled, noise=noise_of.get(index))
             else:
-                x = block(x, causal=causal)
+                x = block(x, time)
 
         x = pixel_norm(x)
         if scaled is not None:
@@ -164,14 +195,8 @@ class Decoder(nn.Module):
             rows = zip(self.last_scale_shift_table, embedded, strict=True)
             shift, scale = ((row + part)[:, :, None, None, None] for row, part in rows)
             x = x * (1 + scale) + shift
-        return unpatchify(self.conv_out(F.silu(x), causal=causal), self.config.patch_size)
-
-
-def _multiplier(block: Block) -> int:
-    """How many times wider the decoder's block is at its entry than where it leaves."""
-    name, options = block
-    factor = options.get("multiplier", 2 if name == "res_x_y" else 1)
-    return int(factor) if name == "res_x_y" or name.startswith("compress") else 1
+        x = self.conv_out(time.joined(F.silu(x)), time)
+        return unpatchify(x, self.config.patch_size)
 
 
 def _up_block(block: Block, width: int, config: VAEConfig) -> nn.Module:
@@ -186,14 +211,14 @@ def _up_block(block: Block, width: int, config: VAEConfig) -> nn.Module:
             inject_noise=options.get("inject_noise", False),
         )
     if name == "res_x_y" and not options.get("inject_noise"):
-        return ResnetBlock3D(width, width // _multiplier(block), mode)
+        return ResnetBlock3D(width, width // multiplier(block), mode)
     # Of the decoder's compressions only compress_all may narrow or carry a residual.
     if name in STRIDES and (name == "compress_all" or not options):
         return DepthToSpaceUpsample(
             width,
             STRIDES[name],
             mode,
-            multiplier=_multiplier(block),
+            multiplier=multiplier(block),
             residual=options.get("residual", False),
         )
     raise CheckpointError(f"config: vae decoder block {name!r} with {dict(options)} is not known")
@@ -228,8 +253,8 @@ class ResBlocks(nn.Module):
     def forward(
         self,
         x: Tensor,
+        time: Frames,
         *,
-        causal: bool,
         timestep: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
@@ -239,7 +264,7 @@ class ResBlocks(nn.Module):
             modulation = self.time_embedder(timestep, x.dtype).chunk(4, dim=-1)
         for index, block in enumerate(self.res_blocks):
             maps = None if noise is None else noise[2 * index : 2 * index + 2].unbind(0)
-            x = block(x, causal=causal, modulation=modulation, noise=maps)
+            x = block(x, time, modulation=modulation, noise=maps)
         return x
 
 
@@ -269,12 +294,13 @@ class ResnetBlock3D(nn.Module):
     def forward(
         self,
         x: Tensor,
+        time: Frames,
         *,
-        causal: bool,
         modulation: Sequence[Tensor] | None = None,
         noise: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """`modulation`: four of B C; `noise`: two of H W, shared by frames, channels and batch."""
+        x = time.joined(x)
         h = pixel_norm(x)
         if modulation is not None:
             rows = zip(self.scale_shift_table, modulation, strict=True)
@@ -282,17 +308,18 @@ class ResnetBlock3D(nn.Module):
                 (row + part)[..., None, None, None] for row, part in rows
             )
             h = h * (1 + scale1) + shift1
-        h = self.conv1(F.silu(h), causal=causal)
+        h = self.conv1(F.silu(h), time)
         if noise is not None:
             h = h + (noise[0] * self.per_channel_scale1)[:, None]
 
         h = pixel_norm(h)
         if modulation is not None:
             h = h * (1 + scale2) + shift2
-        h = self.conv2(F.silu(h), causal=causal)
+        h = self.conv2(time.joined(F.silu(h)), time)
         if noise is not None:
             h = h + (noise[1] * self.per_channel_scale2)[:, None]
 
+        x = time.beside(x, convolutions=2)
         if self.reshapes:
             x = self.conv_shortcut(self.norm3(x))
         out: Tensor = x + h
@@ -320,11 +347,11 @@ class SpaceToDepthDownsample(nn.Module):
         self.group_size = width * prod(stride) // out_width
         self.conv = CausalConv3d(width, out_width // prod(stride), padding_mode)
 
-    def forward(self, x: Tensor, *, causal: bool) -> Tensor:
+    def forward(self, x: Tensor, time: Frames) -> Tensor:
         if self.stride[0] == 2:  # the first frame stands alone: it gets a twin
             x = torch.cat([x[:, :, :1], x], dim=2)
         mean = space_to_depth(x, self.stride).unflatten(1, (-1, self.group_size)).mean(2)
-        out: Tensor = space_to_depth(self.conv(x, causal=causal), self.stride) + mean
+        out: Tensor = space_to_depth(self.conv(x, time), self.stride) + mean
         return out
 
 
@@ -346,15 +373,19 @@ class DepthToSpaceUpsample(nn.Module):
         self.residual = residual
         self.conv = CausalConv3d(width, width * prod(stride) // multiplier, padding_mode)
 
-    def forward(self, x: Tensor, *, causal: bool) -> Tensor:
-        h = self._unfold(self.conv(x, causal=causal))
-        if not self.residual:
-            return h
-        return h + torch.cat([self._unfold(x)] * self.repeats, dim=1)
+    def forward(self, x: Tensor, time: Frames) -> Tensor:
+        x = time.joined(x)
+        h = self._unfold(self.conv(x, time), time)
+        if self.residual:
+            x = self._unfold(time.beside(x, convolutions=1), time)
+            h = h + torch.cat([x] * self.repeats, dim=1)
+        if self.stride[0] == 2:
+            time.doubled()
+        return h
 
-    def _unfold(self, x: Tensor) -> Tensor:
+    def _unfold(self, x: Tensor, time: Frames) -> Tensor:
         x = depth_to_space(x, self.stride)
-        return x[:, :, 1:] if self.stride[0] == 2 else x  # the first frame's twin goes
+        return time.untwinned(x) if self.stride[0] == 2 else x
 
 
 class CausalConv3d(nn.Module):
@@ -368,10 +399,9 @@ class CausalConv3d(nn.Module):
             width, out_width, 3, stride=stride, padding=(0, 1, 1), padding_mode=padding_mode
         )
 
-    def forward(self, x: Tensor, *, causal: bool) -> Tensor:
-        first, last = x[:, :, :1], x[:, :, -1:]
-        x = torch.cat([first, first, x] if causal else [first, x, last], dim=2)
-        out: Tensor = self.conv(x)
+    def forward(self, x: Tensor, time: Frames) -> Tensor:
+        """`x` is `time.joined`."""
+        out: Tensor = self.conv(time.padded(x))
         return out
 
 
