@@ -17,7 +17,7 @@ import typer
 
 from ltx_engines.bundle import StgMode
 from ltx_engines.command import invoke
-from ltx_engines.stages import STAGES
+from ltx_engines.stages import STAGES, STREAM
 from ltx_export import templates
 from ltx_export.graphs import Graphs, Model, traced
 from ltx_export.sources import read
@@ -49,7 +49,7 @@ def released() -> Iterator[tuple[str, Model]]:
             config = replace(base.config, transformer=size)
             yield "transformer", replace(base, config=config, stg_mode=mode)
     for vae in VAE_GENERATIONS.values():
-        for stage in ("vae_encoder", "vae_decoder"):
+        for stage in ("vae_encoder", "vae_decoder", STREAM):
             yield stage, replace(base, config=replace(base.config, vae=vae))
     for upsampler in (SPATIAL, TEMPORAL):
         yield "latent_upsampler", replace(base, upsampler=upsampler)
@@ -58,7 +58,7 @@ def released() -> Iterator[tuple[str, Model]]:
 def tiny() -> Iterator[tuple[str, Model]]:
     """The stages of the model that is shipped."""
     model = read(TINY / "ltx-tiny.safetensors", TINY / "text_encoder").model()
-    for stage in STAGES:
+    for stage in (*STAGES, STREAM):
         yield stage, model
 
 

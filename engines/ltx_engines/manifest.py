@@ -12,7 +12,7 @@ from ltx_engines.errors import nearest
 from ltx_engines.file_entry import Count, FileEntry, Frozen
 from ltx_engines.providers import Provider
 from ltx_engines.shapes import SPACE, TIME
-from ltx_engines.stages import FLOAT, OPTIONAL, SAMPLER_STEP, STAGES, Tensor
+from ltx_engines.stages import FLOAT, OPTIONAL, SAMPLER_STEP, STAGES, STREAM, Tensor
 
 FORMAT_VERSION = 3
 OLDEST_VERSION = 1
@@ -68,12 +68,16 @@ class NoiseBlock(Frozen):
 
 
 class ModelFacts(Frozen):
+    """`stream_delay` is of a decoder that is given a clip a few latent frames at a time: by so many
+    frames it is late (`ltx_ref/ltx_video/vae_stream.py`)."""
+
     latent_channels: Count
     num_layers: Count
     causal_temporal_positioning: bool
     timestep_conditioning: bool
     stg_mode: StgMode
     noise_blocks: tuple[NoiseBlock, ...] = ()
+    stream_delay: Annotated[int, Field(ge=0)] = 0
     time_compression: Count = TIME
     space_compression: Count = SPACE
 
@@ -132,7 +136,7 @@ def loose_end(manifest: Manifest) -> str:
     if manifest.tokenizer is not None:
         named["tokenizer.file"] = manifest.tokenizer.file
     for name, stage in manifest.stages.items():
-        if name not in (known := (*STAGES, *OPTIONAL, SAMPLER_STEP)):
+        if name not in (known := (*STAGES, *OPTIONAL, STREAM, SAMPLER_STEP)):
             return f"unknown stage {name!r}{nearest(name, known)}"
         named[f"stages.{name}.file"] = stage.file
         named |= {f"stages.{name}.weights.{i}": file for i, file in enumerate(stage.weights)}

@@ -18,6 +18,10 @@ STAGES = ("text_encoder", "transformer", "vae_encoder", "vae_decoder")
 OPTIONAL = ("latent_upsampler",)
 """Stages whose weights are in a file of their own, which a pipeline may do without."""
 
+STREAM = "vae_decoder_stream"
+"""The VAE's decoder once more, from the same weights: for a clip that it is given a few latent
+frames at a time."""
+
 SAMPLER_STEP = "sampler_step"
 """Guidance and one step of the sampler: no model's, made where the transformer's engine is."""
 
@@ -73,6 +77,15 @@ class NoiseInput:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """What a convolution of the decoder keeps of a stream: two frames in so many channels, in
+    `scale` times the latents' rows and columns."""
+
+    channels: int
+    scale: int
+
+
+@dataclass(frozen=True, slots=True)
 class Upsampling:
     """What a latent upsampler doubles: rows and columns, frames, or all of them."""
 
@@ -98,6 +111,7 @@ class Sizes:
     latent_channels: int
     timestep_conditioning: bool
     noise_inputs: tuple[NoiseInput, ...] = ()
+    kept: tuple[Kept, ...] = ()
     upsampling: Upsampling | None = None
 
 
@@ -112,6 +126,7 @@ def ltx_video(sizes: Sizes) -> dict[str, Stage]:
             *upsamplers,
             _vae_encoder(sizes),
             _vae_decoder(sizes),
+            _vae_decoder_stream(sizes),
         )
     }
 
@@ -201,16 +216,49 @@ def _vae_encoder(sizes: Sizes) -> Stage:
 
 
 def _vae_decoder(sizes: Sizes) -> Stage:
-    timestep = (Tensor("timestep", "float32", ("batch",)),) if sizes.timestep_conditioning else ()
-    noises = tuple(
-        Tensor(n.name, FLOAT, (n.maps, f"height_{n.block}", f"width_{n.block}"))
-        for n in sizes.noise_inputs
-    )
     return Stage(
         "vae_decoder",
-        inputs=(_latents(sizes, "latents"), *timestep, *noises),
+        inputs=(_latents(sizes, "latents"), *_constants(sizes)),
         outputs=(PIXELS,),
     )
+
+
+def _vae_decoder_stream(sizes: Sizes) -> Stage:
+    """`place` is the number of the first of these latent frames, and how many the clip has. What
+    it gives as `next_0` and so on, it is given as `past_0` with the latent frames that follow."""
+    return Stage(
+        STREAM,
+        inputs=(
+            _latents(sizes, "latents"),
+            Tensor("place", "int64", (2,)),
+            *_constants(sizes),
+            *_kept(sizes, PAST),
+        ),
+        outputs=(
+            Tensor("pixels", FLOAT, ("batch", 3, "stream_frames", "height", "width")),
+            *_kept(sizes, NEXT),
+        ),
+    )
+
+
+PAST, NEXT = "past_", "next_"
+"""How the names of what a stream keeps begin: what goes in, what comes out."""
+
+
+def _kept(sizes: Sizes, prefix: str) -> Iterator[Tensor]:
+    for index, kept in enumerate(sizes.kept):
+        finer = "" if kept.scale == 1 else f"_x{kept.scale}"
+        grid = (f"latent_height{finer}", f"latent_width{finer}")
+        yield Tensor(f"{prefix}{index}", FLOAT, ("batch", kept.channels, 2, *grid))
+
+
+def _constants(sizes: Sizes) -> Iterator[Tensor]:
+    """What a decoder is given the same of for all frames of a clip."""
+    if sizes.timestep_conditioning:
+        yield Tensor("timestep", "float32", ("batch",))
+    for noise in sizes.noise_inputs:
+        grid = (f"height_{noise.block}", f"width_{noise.block}")
+        yield Tensor(noise.name, FLOAT, (noise.maps, *grid))
 
 
 def check_feeds(stage: str, inputs: Sequence[Tensor], shapes: dict[str, tuple[int, ...]]) -> None:

@@ -47,6 +47,12 @@ DERIVED: Mapping[str, Derived] = MappingProxyType(
         "upsampled_frames": Derived("latent_frames", 2, -1),
         "upsampled_height": Derived("latent_height", 2),
         "upsampled_width": Derived("latent_width", 2),
+        "stream_frames": Derived("latent_frames", 8),
+        **{
+            f"latent_{side}_x{scale}": Derived(f"latent_{side}", scale)
+            for side in ("height", "width")
+            for scale in (2, 4, 8)
+        },
     }
 )
 

@@ -15,11 +15,12 @@ import onnx_ir as ir
 
 from ltx_engines.bundle import Precision, StgMode
 from ltx_engines.errors import UserError
-from ltx_engines.stages import NoiseInput, Sizes, Stage, Upsampling, ltx_video
+from ltx_engines.stages import STREAM, Kept, NoiseInput, Sizes, Stage, Upsampling, ltx_video
 from ltx_export import element_types, lower, stamp, templates
 from ltx_export.axes import DERIVED, Derived, noise_axes
 from ltx_ref.ltx_video.config import Block, ModelConfig, TransformerConfig, VAEConfig, noise_blocks
 from ltx_ref.ltx_video.upsampler_config import UpsamplerConfig
+from ltx_ref.ltx_video.vae_stream import states
 from ltx_ref.text import EMBED, SHARED, TextConfig
 
 OPSETS = (20, 23)
@@ -68,6 +69,7 @@ class Model:
             vae.latent_channels,
             vae.timestep_conditioning,
             tuple(NoiseInput(block.block, block.maps) for block in noise_blocks(vae)),
+            tuple(Kept(state.channels, state.scale) for state in states(vae)),
             None
             if upsampler is None
             else Upsampling(upsampler.spatial_upsample, upsampler.temporal_upsample),
@@ -175,7 +177,7 @@ def facts(stage: str, model: Model) -> dict[str, Any]:
     encoder = {"encoder_blocks", "in_channels", "encoder_base_channels"}
     if stage == "vae_encoder":
         return _table(vae, decoder)
-    if stage == "vae_decoder":
+    if stage in ("vae_decoder", STREAM):
         return _table(vae, encoder)
     if stage == "latent_upsampler" and model.upsampler is not None:
         return _table(model.upsampler, set())

@@ -4,9 +4,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from ltx_engines.cache_key import EngineKey, targets
+from ltx_engines.stages import STREAM
 from ltx_engines.targets import Flavour, Precision
 
-VAE = frozenset({"vae_decoder", "vae_encoder"})
+VAE = frozenset({"vae_decoder", STREAM, "vae_encoder"})
 BLACKWELL = 100
 """The first of its compute capabilities."""
 

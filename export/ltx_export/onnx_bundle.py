@@ -35,6 +35,7 @@ from ltx_export.pipeline_defaults import Pipeline
 from ltx_export.sources import TEXT_FOLDER, TOKENIZER, Derived, Sources
 from ltx_ref import lora
 from ltx_ref.checkpoint import Header
+from ltx_ref.ltx_video import vae_stream
 from ltx_ref.ltx_video.config import noise_blocks
 from ltx_ref.text import PromptTokenizer
 
@@ -137,7 +138,7 @@ def check(order: Order) -> Checked:
     found = sources.read(
         order.checkpoint, order.text_encoder, order.upsampler, order.ignore_config_keys
     )
-    chosen = order.stages or (*stages.STAGES, *(stages.OPTIONAL if order.upsampler else ()))
+    chosen = order.stages or (*stages.STAGES, stages.STREAM, *(stages.OPTIONAL if order.upsampler else ()))
     _check_options(order, chosen)
     pipeline = pipeline_defaults.read(order.pipeline_config, found.config, order.stg_mode, chosen)
     graphs = Graphs(found.model(pipeline.stg_mode))
@@ -272,7 +273,7 @@ def _check_folders(found: Sources, chosen: tuple[str, ...]) -> None:
             )
 
 
-CONVOLVES = frozenset({"vae_encoder", "vae_decoder", "latent_upsampler"})
+CONVOLVES = frozenset({"vae_encoder", "vae_decoder", stages.STREAM, "latent_upsampler"})
 
 
 def _check_place(order: Order, found: Sources, chosen: tuple[str, ...]) -> None:
@@ -355,6 +356,7 @@ def _manifest(order: Order, checked: Checked, graphs: list[Graph]) -> Manifest:
                 bundle.NoiseBlock(name=f"noise_{n.block}", maps=n.maps, scale=n.scale)
                 for n in noise_blocks(config.vae)
             ),
+            stream_delay=vae_stream.delay(config.vae),
         ),
         scheduler=checked.pipeline.scheduler,
         allowed_inference_steps=config.allowed_inference_steps,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ltx_engines.errors import UserError, nearest
-from ltx_engines.stages import OPTIONAL, STAGES
+from ltx_engines.stages import OPTIONAL, STAGES, STREAM
 
 
 class Weights(StrEnum):
@@ -56,7 +56,7 @@ def chosen_stages(words: str) -> tuple[str, ...] | None:
     """In the order of the table, whatever the order on the command line; None for all."""
     if words == "all":
         return None
-    known = (*STAGES, *OPTIONAL)
+    known = (*STAGES, STREAM, *OPTIONAL)
     chosen = [word.strip() for word in words.split(",")]
     if "all" in chosen:
         raise UserError(f"--stages {words}: all means each of them; name some, or only all")

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from ltx_engines.bundle import Precision, StgMode
 from ltx_engines.errors import UserError
+from ltx_engines.stages import STREAM
 from ltx_export import convert, derive, foreign
 from ltx_export.graphs import Graphs, Model
 from ltx_export.weight_cache import Derivation
@@ -44,6 +45,7 @@ PREFIXES = MappingProxyType(
         "transformer": TRANSFORMER_PREFIX,
         "vae_encoder": f"{VAE_PREFIX}encoder.",
         "vae_decoder": f"{VAE_PREFIX}decoder.",
+        STREAM: f"{VAE_PREFIX}decoder.",
     }
 )
 """How the names of a stage's own weights begin in the checkpoint."""

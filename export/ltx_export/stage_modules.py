@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ltx_engines.stages import STREAM
 from ltx_export.graphs import Model
 from ltx_ref.ltx_video.model import LTXVideo
 from ltx_ref.ltx_video.transformer import StgMode
+from ltx_ref.ltx_video.vae_stream import Past, states
 from ltx_ref.ltx_video.upsampler import UpsamplerStage
 
 if TYPE_CHECKING:
@@ -90,6 +92,31 @@ class VAEDecoder(nn.Module):
         return self.vae.decode(latents, timestep, noises)
 
 
+class VAEDecoderStream(nn.Module):
+    def __init__(self, model: LTXVideo) -> None:
+        super().__init__()
+        self.vae = model.vae
+        del self.vae.encoder
+
+    def forward(self, latents: Tensor, place: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """`rest`: the timestep if the decoder is conditioned on it, the blocks' noises, and what
+        was kept."""
+        config, noise_blocks = self.vae.config, self.vae.decoder.noise_blocks
+        conditioned = config.timestep_conditioning
+        timestep, rest = (rest[0], rest[1:]) if conditioned else (None, rest)
+        noises, kept = rest[: len(noise_blocks)], rest[len(noise_blocks) :]
+        finer = (
+            *((noise, block.scale) for noise, block in zip(noises, noise_blocks, strict=True)),
+            *((past, state.scale) for past, state in zip(kept, states(config), strict=True)),
+        )
+        for tensor, scale in finer:
+            torch._check(tensor.shape[-2] == scale * latents.shape[3])
+            torch._check(tensor.shape[-1] == scale * latents.shape[4])
+        past = Past(place[0], place[1], kept)
+        pixels, left = self.vae.decode_next(latents, past, timestep, noises)
+        return pixels, *left
+
+
 def build(stage: str, model: Model) -> nn.Module:
     """The stage's module on the meta device, ready to be traced."""
     with torch.device("meta"):
@@ -111,4 +138,6 @@ def _build(stage: str, model: Model) -> nn.Module:
         return VAEEncoder(whole)
     if stage == "vae_decoder":
         return VAEDecoder(whole)
+    if stage == STREAM:
+        return VAEDecoderStream(whole)
     raise ValueError(f"no stage {stage!r}")

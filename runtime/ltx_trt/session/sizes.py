@@ -47,6 +47,12 @@ def _derived(sizes: Mapping[str, int]) -> dict[str, int]:
         "upsampled_frames": ("latent_frames", 2, -1),
         "upsampled_height": ("latent_height", 2, 0),
         "upsampled_width": ("latent_width", 2, 0),
+        "stream_frames": ("latent_frames", TIME, 0),
+        **{
+            f"latent_{side}_x{scale}": (f"latent_{side}", scale, 0)
+            for side in ("height", "width")
+            for scale in (2, 4, 8)
+        },
     }
     return {
         axis: factor * sizes[root] + offset
