@@ -138,7 +138,11 @@ def check(order: Order) -> Checked:
     found = sources.read(
         order.checkpoint, order.text_encoder, order.upsampler, order.ignore_config_keys
     )
-    chosen = order.stages or (*stages.STAGES, stages.STREAM, *(stages.OPTIONAL if order.upsampler else ()))
+    chosen = order.stages or (
+        *stages.STAGES,
+        stages.STREAM,
+        *(stages.OPTIONAL if order.upsampler else ()),
+    )
     _check_options(order, chosen)
     pipeline = pipeline_defaults.read(order.pipeline_config, found.config, order.stg_mode, chosen)
     graphs = Graphs(found.model(pipeline.stg_mode))

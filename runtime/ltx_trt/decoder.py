@@ -1,27 +1,29 @@
 """Latents become frames, a chunk of them after the other, so that a long clip needs no more memory.
 
 A session that says so (`Tiling`) is given a clip in tiles. All tiles of one stretch of time are put
-together, then the next stretch; where two stretches overlap, the first waits for the second.
+together, then the next stretch; where two stretches overlap, the first waits for the second. Or it
+goes on where it was (`Streaming`): that takes as little memory, and gives the untiled clip.
 
 f h w the latent grid; n frames; H W rows and columns of pixels
 """
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from math import ceil
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ltx_engines.manifest import ModelFacts
-from ltx_engines.shapes import VideoShape
+from ltx_engines.shapes import TIME, VideoShape
 from ltx_trt import tiles
 from ltx_trt.denoising import check_finite
 from ltx_trt.multi_scale import tone_map
 from ltx_trt.noise import Noise
 from ltx_trt.resampling import resize
 from ltx_trt.session import Session
-from ltx_trt.tiles import Axes, Part, Tiling
+from ltx_trt.tiles import Axes, Part, Streamed, Tiling
 
 Floats = NDArray[np.float32]
 Frames = NDArray[np.uint8]
@@ -49,6 +51,12 @@ class Decoding:
     tone_map_compression_ratio: float = 0.0
 
 
+def ready(session: Session, latents: Floats) -> None:
+    """One that is opened as a clip needs it is open now."""
+    if isinstance(session, Tiling):
+        session.tile(latents.shape[2:])
+
+
 def decode(
     session: Session, latents: Floats, decoding: Decoding, noise: Noise
 ) -> Generator[Floats, None, None]:
@@ -59,8 +67,51 @@ def decode(
     if tile is None:
         yield _decoded(session, feeds)
         return
+    if isinstance(tile, Streamed):
+        if not isinstance(session, Streaming):
+            raise ValueError("this decoder cannot go on where it was")
+        delay = decoding.model.stream_delay
+        yield from _streamed(session.begin(), feeds, Piece(tile.frames, delay))
+        return
     scales = {block.name: block.scale for block in decoding.model.noise_blocks}
     yield from _Tiles(session, feeds, scales).decode(tiles.decoding(grid, tile))
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """A decoder's session that can go on where it was."""
+
+    def begin(self) -> Session:
+        """For one clip: given some latent frames and their `place`, the pixels of as many, late.
+        What its convolutions keep, it keeps."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Of a stream: latent frames, and by how many frames its pixels are late."""
+
+    latents: int
+    delay: int
+
+
+def _streamed(
+    stream: Session, feeds: dict[str, Floats], piece: Piece
+) -> Generator[Floats, None, None]:
+    """The clip's end comes out when as much has gone in behind it as the decoder is late."""
+    latents, total = feeds["latents"], feeds["latents"].shape[2]
+    frames = TIME * (total - 1) + 1
+    for first in range(0, ceil((frames + piece.delay) / TIME), piece.latents):
+        number = np.minimum(np.arange(first, first + piece.latents), total - 1)
+        place = np.array([first, total], np.int64)
+        pixels: Floats = stream({**feeds, "latents": latents[:, :, number], "place": place})[
+            "pixels"
+        ]
+        begin = TIME * first - piece.delay
+        made = pixels[:, :, max(0, -begin) : max(0, frames - begin)]
+        if made.shape[2]:
+            check_finite(made, "the decoder's pixels")
+            yield made
 
 
 def _feeds(latents: Floats, decoding: Decoding, noise: Noise) -> dict[str, Floats]:

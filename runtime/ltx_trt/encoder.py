@@ -10,7 +10,7 @@ from ltx_trt import tiles
 from ltx_trt.denoising import check_finite
 from ltx_trt.noise import Noise
 from ltx_trt.session import Session
-from ltx_trt.tiles import Tiling
+from ltx_trt.tiles import Streamed, Tiling
 
 Floats = NDArray[np.float32]
 
@@ -23,6 +23,8 @@ def encode(session: Session, pixels: Floats, channels: int, noise: Noise) -> Flo
     tile = session.tile(grid) if isinstance(session, Tiling) else None
     if tile is None:
         return _encoded(session, pixels, fresh)
+    if isinstance(tile, Streamed):
+        raise ValueError("an encoder is not streamed")
     latents = np.zeros_like(fresh)
     axes = tiles.encoding(grid, tile)
     for parts in product(axes.frames, axes.rows, axes.columns):

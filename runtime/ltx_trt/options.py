@@ -90,8 +90,9 @@ TileSize = Annotated[
     str,
     typer.Option(
         "--vae-tile",
-        metavar="auto|HxWxF|off",
-        help="Pixels and frames that the VAE is given at once; auto: as much as there is room for.",
+        metavar="auto|stream|HxWxF|off",
+        help="Height, width and frames that the VAE is given at once; stream: decode a few frames "
+        "at a time, in little memory and exactly; auto: whole if there is room, else stream.",
     ),
 ]
 
@@ -155,14 +156,14 @@ def on_backend(wished: Backend, provider: Providers | None) -> Backend:
 def tile_size(wished: str) -> VaeTile | VideoShape:
     """
     Raises:
-        UserError: it is none of the three, or tiles of that size cannot overlap.
+        UserError: it is none of these, or tiles of that size cannot overlap.
     """
     if wished in list(VaeTile):
         return VaeTile(wished)
     sizes = wished.split("x")
     if len(sizes) != len(LEAST_TILE) or not all(size.isdecimal() for size in sizes):
         raise UserError(
-            f"--vae-tile is auto, off or HEIGHTxWIDTHxFRAMES such as 512x768x65, not {wished}"
+            f"--vae-tile is auto, stream, off or HEIGHTxWIDTHxFRAMES such as 512x768x65, not {wished}"
         )
     height, width, frames = map(int, sizes)
     if any(size < least for size, least in zip((height, width, frames), LEAST_TILE, strict=True)):

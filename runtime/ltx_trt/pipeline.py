@@ -102,6 +102,7 @@ def generate(
 
     started = perf_counter()
     with open_session("vae_decoder") as session:
+        decoder.ready(session, latents)
         yield StageOpened("vae_decoder", perf_counter() - started)
         yield from run.decode(session, latents)
 

@@ -32,9 +32,9 @@ What comes from so far fades: with 8 cells random weights of true widths are 39 
 untiled decode, with 12 cells 50 to 64 dB, and ltx-tiny's, which are trained, are exact with 6
 (`benchmarks/vae_tiles.py`)."""
 
-ENOUGH: Grid = (4, 6, 6)
-"""Latent frames, rows and columns of overlap. Tiles that share less are chosen only where no others
-fit: with these, clips of one colour differ by 0.04 of 255 levels from untiled ones (ltx-tiny)."""
+SEAMLESS: Grid = (4, 6, 6)
+"""Latent frames, rows and columns of overlap with which clips of one colour differ by 0.04 of 255
+levels from untiled ones (ltx-tiny); with less, by 1 to 2 levels."""
 
 LEAST, MANY = 2, 33
 """Cells of a tile that overlaps, and of the longest that `every` tries beside the whole."""
@@ -47,13 +47,22 @@ MIDDLE, END = 0.5, 1.0
 """Where in an overlap the ramp is. A causal model errs only after a tile's beginning."""
 
 
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """A clip that is decoded so many latent frames at a time, exactly."""
+
+    frames: int
+
+
+Cut = Grid | Streamed | None
+"""The tile; None if a clip may be given whole."""
+
+
 @runtime_checkable
 class Tiling(Protocol):
-    """A session of the VAE that is not to be given more than a tile at once."""
+    """A session of the VAE that is not to be given more of a clip at once."""
 
-    def tile(self, grid: Grid) -> Grid | None:
-        """Of a clip; None if it may be given whole."""
-        ...
+    def tile(self, grid: Grid) -> Cut: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,15 +174,21 @@ def weights(spans: Sequence[slice], ramp: Ramp) -> list[Floats]:
 
 
 def choose(grid: Grid, sizes: Iterable[Grid], fits: Callable[[Grid], bool]) -> Grid | None:
-    """Of the tiles that fit one of those with enough overlap, and of these the one with which the
+    """Of the tiles that fit one of those that share the most, and of these the one with which the
     fewest cells are computed."""
 
-    def worth(tile: Grid) -> tuple[float, int, int]:
-        axes = list(zip(grid, tile, ENOUGH, strict=True))
-        shared = (overlap(t) / enough for n, t, enough in axes if t < n)
-        return min(1.0, *shared, 1.0), -prod(t * count(n, t) for n, t, _ in axes), prod(tile)
+    def worth(tile: Grid) -> tuple[int, int, int]:
+        axes = list(zip(grid, tile, strict=True))
+        shared = [overlap(t) for n, t in axes if t < n]
+        return min([OVERLAP, *shared]), -prod(t * count(n, t) for n, t in axes), prod(tile)
 
     return max(filter(fits, sizes), key=worth, default=None)
+
+
+def is_seamless(grid: Grid, tile: Grid) -> bool:
+    """Whether neighbours share enough for nobody to see where one ends."""
+    axes = zip(grid, tile, SEAMLESS, strict=True)
+    return all(overlap(t) >= enough for n, t, enough in axes if t < n)
 
 
 def every(grid: Grid) -> Iterable[Grid]:

@@ -8,7 +8,7 @@ from typing import Self
 
 from ltx_engines.bundle import Bundle
 from ltx_engines.providers import Provider
-from ltx_engines.stages import SAMPLER_STEP
+from ltx_engines.stages import SAMPLER_STEP, STREAM
 from ltx_trt.backend import Choice, TextEncoderDevice
 from ltx_trt.pipeline import Planned
 from ltx_trt.prompt_cache import Encoder, PromptCache, RememberingEncoder
@@ -26,7 +26,8 @@ from ltx_trt.session.closing import close_all
 from ltx_trt.session.kept import Kept
 from ltx_trt.session.memory import Watch
 from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
-from ltx_trt.session.vae_tiles import TileSession
+from ltx_trt.session.vae_streams import DecoderSession
+from ltx_trt.session.vae_tiles import DECODER, TileSession
 
 TEXT_ENCODER = "text_encoder"
 
@@ -62,14 +63,21 @@ class Graphs:
 
     def alone(self, stage: str) -> Session:
         """Whoever asks closes it."""
-        session = OnnxRuntimeSession.open(
+        if stage not in self._tiles:
+            return self._session(stage)
+        stream = self._bundle.manifest.stages.get(STREAM) if stage == DECODER else None
+        if stream is None:
+            return TileSession(self._session(stage), self._tiles[stage])
+        return DecoderSession((stage, stream), self._session, self._tiles[stage])
+
+    def _session(self, stage: str) -> Session:
+        return OnnxRuntimeSession.open(
             self._bundle,
             stage,
             provider=self._provider(stage),
             threads=self._choice.threads,
             weights=lora_weights.of_stage(self._lora, stage),
         )
-        return TileSession(session, self._tiles[stage]) if stage in self._tiles else session
 
     def encoder(self) -> Encoder | None:
         """What computes the text encoder, for whoever wants to know its results again."""
@@ -99,7 +107,7 @@ class OnnxRuntimeStages:
         self.bundle = bundle
         self.watch: Watch | None = None
         self.loras = choice.loras
-        stages = [stage for stage in bundle.manifest.stages if stage != SAMPLER_STEP]
+        stages = [stage for stage in bundle.manifest.stages if stage not in (SAMPLER_STEP, STREAM)]
         lora = refit.asked(bundle, (), choice.loras)
         self._graphs = Graphs(bundle, choice, lora, stages)
         self.prompts: PromptCache | None = None

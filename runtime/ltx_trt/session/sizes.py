@@ -25,6 +25,12 @@ def of_clip(clip: VideoShape, manifest: Manifest) -> dict[str, int]:
     return sizes | _derived(sizes)
 
 
+def of_grid(grid: tuple[int, ...]) -> dict[str, int]:
+    """What follows from latent frames, rows and columns alone."""
+    found = dict(zip(GRID, grid, strict=True))
+    return found | _derived(found)
+
+
 def outputs(entry: StageEntry | EngineEntry, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
     """The shape of each output, for inputs that the table allows."""
     sizes: dict[str, int] = {}

@@ -1,4 +1,6 @@
-"""In which tiles a stage of the VAE is used: such as its engines take, or as there is memory for.
+"""How much of a clip a stage of the VAE is given at once: what its engines take, or as there is
+memory for. A decoder goes on a few latent frames at a time before a clip is cut into tiles, since
+that gives what the whole clip would.
 
 What a graph of the VAE takes of the host was measured with ONNX Runtime 1.31 on the CPU, float32
 (`benchmarks/vae_tiles.py`): nearly all of it is at the finest level, which has a sixteenth of the
@@ -12,23 +14,26 @@ from types import TracebackType
 from typing import Self
 
 from ltx_engines import host
-from ltx_engines.bundle import Bundle, Manifest
+from ltx_engines.bundle import Bundle, Manifest, StageEntry
 from ltx_engines.byte_sizes import said
 from ltx_engines.cache_key import Profile
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import SPACE, TIME, VideoShape
+from ltx_engines.stages import STREAM
 from ltx_ref.checkpoint import CheckpointError, read_header
 from ltx_trt import tiles
 from ltx_trt.backend import Choice, Providers, VaeTile
 from ltx_trt.session import Array, Feeds, Session, buckets, sizes
 from ltx_trt.session.onnxruntime_session import CPU, provider_name
-from ltx_trt.tiles import LEAST, Grid
+from ltx_trt.session.vae_streams import kept_bytes
+from ltx_trt.tiles import LEAST, Cut, Grid, Streamed
 
-VAE = frozenset({"vae_encoder", "vae_decoder"})
+DECODER = "vae_decoder"
+VAE = frozenset({"vae_encoder", DECODER})
 
 Wish = VaeTile | VideoShape
-Choose = Callable[[Grid], Grid | None]
-"""The tile for a clip; None for all of it."""
+Choose = Callable[[Grid], Cut]
+"""For a clip."""
 
 FINEST = {
     "vae_encoder": "vae.encoder.conv_in.conv.weight",
@@ -45,6 +50,12 @@ are above what was measured: a decoder took 38 bytes a pixel with 16 channels an
 CANVAS = 2 * 3 * 4
 """Bytes for each pixel of the frames that one tile has, in the size of the clip: a stretch that is
 put together, and what it shares with the next."""
+
+PIECES = (4, 2, 1)
+"""Latent frames at a time of a decoder that goes on. More would save little."""
+
+EDGES = 2
+"""Frames of each convolution's input beside those that come out."""
 
 STRETCH = 33
 """Latent frames (257 frames) at once, at most: what is needed does not grow with the clip."""
@@ -84,7 +95,7 @@ class EngineTiles:
     manifest: Manifest
     wish: Wish
 
-    def __call__(self, grid: Grid) -> Grid | None:
+    def __call__(self, grid: Grid) -> Cut:
         """
         Raises:
             UserError: tiles were wished that no engine takes.
@@ -123,12 +134,13 @@ class EngineTiles:
 @dataclass(frozen=True, slots=True)
 class HostTiles:
     """As large as fit into `budget` bytes; None: no limit is known. `per_pixel` bytes of memory are
-    for each pixel of a tile."""
+    for each pixel of a tile. `stream` is the graph of a decoder that goes on, if there is one."""
 
     stage: str
     per_pixel: float
     budget: int | None
     wish: Wish
+    stream: StageEntry | None = None
 
     @classmethod
     def of(cls, stage: str, bundle: Bundle, choice: Choice) -> Self:
@@ -136,20 +148,43 @@ class HostTiles:
         name = provider_name(None if choice.provider is None else choice.provider.value)
         free = host.free_memory() if name == CPU else None
         need = per_pixel(stage, _channels(stage, bundle))
-        return cls(stage, need, None if free is None else free // SHARE, choice.vae_tile)
+        stream = bundle.manifest.stages.get(STREAM) if stage == DECODER else None
+        budget = None if free is None else free // SHARE
+        return cls(stage, need, budget, choice.vae_tile, stream)
 
-    def __call__(self, grid: Grid) -> Grid | None:
+    def __call__(self, grid: Grid) -> Cut:
         """
         Raises:
-            UserError: not even the smallest tiles fit.
+            UserError: not even the smallest tiles fit; or a stream is wished of a bundle without.
         """
         if isinstance(self.wish, VideoShape):
             return _wished(self.wish, grid)
         if self.wish is VaeTile.off:
             return None
+        if self.wish is VaeTile.stream and self.stage == DECODER:
+            return self._streamed(grid) or Streamed(min(PIECES))
+        if grid[0] <= STRETCH and (self.budget is None or self.need(grid, grid) <= self.budget):
+            return None
+        if self.stream is not None and (piece := self._streamed(grid)) is not None:
+            return piece
+        return self._tile(grid)
+
+    def _streamed(self, grid: Grid) -> Streamed | None:
+        """Of as many latent frames as there is memory for."""
+        if self.stream is None:
+            raise UserError(
+                f"--vae-tile stream: this bundle has no stage {STREAM}; export it again (ltx-export "
+                "onnx), or leave the option out"
+            )
+        for piece in PIECES:
+            if self.budget is None or self.piece_need(self.stream, piece, grid) <= self.budget:
+                return Streamed(piece)
+        return None
+
+    def _tile(self, grid: Grid) -> Grid:
         stretch = (min(grid[0], STRETCH), *grid[1:])
         if self.budget is None or self.need(stretch, grid) <= self.budget:
-            return None if stretch == grid else stretch
+            return stretch
         budget = self.budget
         found = tiles.choose(grid, tiles.every(grid), lambda tile: self.need(tile, grid) <= budget)
         if found is None:
@@ -161,6 +196,13 @@ class HostTiles:
                 f"smaller, or try it with --vae-tile {word(least)}"
             )
         return found
+
+    def piece_need(self, stream: StageEntry, piece: int, grid: Grid) -> int:
+        """Bytes at most, of so many latent frames at a time."""
+        pixels = SPACE**2 * prod(grid[1:])
+        frames = TIME * piece + EDGES
+        kept = sum(kept_bytes(tensor, grid) for tensor in stream.inputs)
+        return int((self.per_pixel + CANVAS) * frames * pixels) + 2 * kept
 
     def need(self, tile: Grid, grid: Grid) -> int:
         """Bytes at most."""
@@ -190,10 +232,13 @@ def notes(wishes: Iterable[tuple[str, Grid]], choices: Mapping[str, Choose]) -> 
     return tuple(dict.fromkeys(said))
 
 
-def _note(stage: str, tile: Grid, grid: Grid) -> str:
+def _note(stage: str, cut: Grid | Streamed, grid: Grid) -> str:
     """For people, before the run."""
-    number = prod(tiles.count(*pair) for pair in zip(grid, tile, strict=True))
-    return f"{stage}: {number} tiles, as with --vae-tile {word(tile)}"
+    if isinstance(cut, Streamed):
+        return f"{stage}: {TIME * cut.frames} frames at a time, as with --vae-tile stream"
+    number = prod(tiles.count(*pair) for pair in zip(grid, cut, strict=True))
+    seams = "" if tiles.is_seamless(grid, cut) else ", which share so little that seams may show"
+    return f"{stage}: {number} tiles, as with --vae-tile {word(cut)}{seams}"
 
 
 def shape(grid: Grid) -> VideoShape:
