@@ -3,7 +3,8 @@
 python benchmarks/vae_tiles_quality.py clip|colours|random BUNDLE
 
 `clip` is one that the bundle makes of a prompt, `colours` are clips of one colour that its encoder
-has read, `random` are standard normal latents in long thin clips, for random weights.
+has read, `random` are standard normal latents in long thin clips, for random weights. `stream N`
+is no tiles, but so many latent frames at a time.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,18 +27,29 @@ from ltx_trt.pipeline import generate
 from ltx_trt.request import Wishes, resolve
 from ltx_trt.session import Feeds, Session
 from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
-from ltx_trt.session.vae_tiles import TileSession, word
-from ltx_trt.tiles import Grid
+from ltx_trt.session.vae_streams import DecoderSession
+from ltx_trt.session.vae_tiles import DECODER, word
+from ltx_trt.tiles import Cut, Grid, Streamed
 
 Floats = NDArray[np.float32]
 Row = dict[str, Any]
 
 PROMPT = "a red circle moves right on a blue background"
 CLIP = Wishes(PROMPT, height=256, width=512, num_frames=65, num_inference_steps=8)
-CLIP_TILES: tuple[Grid, ...] = ((9, 8, 12), (9, 8, 8), (9, 8, 6), (5, 8, 16), (5, 6, 8), (2, 8, 16))
+STREAMS = (Streamed(1), Streamed(4))
+CLIP_TILES: tuple[Cut, ...] = (
+    *STREAMS,
+    (9, 8, 12),
+    (9, 8, 8),
+    (9, 8, 6),
+    (5, 8, 16),
+    (5, 6, 8),
+    (2, 8, 16),
+)
 COLOURS = ((0.73, -0.69, -0.69), (-0.69, -0.37, 0.73), (0.92, 0.65, -0.69), (-0.84, -0.84, -0.84))
-COLOUR_TILES: tuple[Grid, ...] = ((9, 4, 12), (12, 4, 12), (5, 4, 12), (9, 4, 8))
-RANDOM: tuple[tuple[Grid, Grid], ...] = (
+COLOUR_TILES: tuple[Cut, ...] = (*STREAMS, (9, 4, 12), (12, 4, 12), (5, 4, 12), (9, 4, 8))
+RANDOM: tuple[tuple[Grid, Cut], ...] = (
+    *(((9, 3, 3), stream) for stream in STREAMS),
     ((1, 2, 36), (1, 2, 24)),
     ((1, 36, 2), (1, 24, 2)),
     ((36, 1, 1), (24, 1, 1)),
@@ -47,14 +59,23 @@ RANDOM: tuple[tuple[Grid, Grid], ...] = (
 """Clips, and tiles of which two share what each of them shares at least."""
 
 
-@dataclass(frozen=True, slots=True)
 class Decoder:
-    session: Session
-    decoding: Decoding
+    """Whole, in tiles or as a stream."""
 
-    def __call__(self, latents: Floats, tile: Grid | None) -> Floats:
-        session = TileSession(self.session, lambda _: tile)
-        return np.concatenate(list(decode(session, latents, self.decoding, Noise(3))), axis=2)
+    def __init__(self, bundle: Bundle, decoding: Decoding) -> None:
+        self._session = DecoderSession(DECODER, partial(opened, bundle), lambda _: self._cut)
+        self._decoding, self._cut = decoding, cast(Cut, None)
+
+    def __call__(self, latents: Floats, cut: Cut) -> Floats:
+        self._cut = cut
+        chunks = decode(self._session, latents, self._decoding, Noise(3))
+        return np.concatenate(list(chunks), axis=2)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._session.__exit__(*error)
 
 
 class Listening:
@@ -83,23 +104,22 @@ def clip(bundle: Bundle) -> Iterator[Row]:
 
     def open_session(stage: str) -> Session:
         session = opened(bundle, stage)
-        return Listening(session, heard) if stage == "vae_decoder" else session
+        return Listening(session, heard) if stage == DECODER else session
 
     request, _ = resolve(CLIP, bundle)
     for _ in generate(request, bundle, open_session):
         pass
-    with opened(bundle, "vae_decoder") as session:
-        decoder = Decoder(session, Decoding(bundle.manifest.model, noise_scale=0.0))
+    with Decoder(bundle, Decoding(bundle.manifest.model, noise_scale=0.0)) as decoder:
         full = decoder(heard["latents"], None)
         for tile in CLIP_TILES:
-            yield {"tile": word(tile), **compared(decoder(heard["latents"], tile), full)}
+            yield {"tile": name(tile), **compared(decoder(heard["latents"], tile), full)}
 
 
 def colours(bundle: Bundle) -> Iterator[Row]:
     """`step` is the largest change from a frame to the next."""
     model = bundle.manifest.model
-    with opened(bundle, "vae_encoder") as session, opened(bundle, "vae_decoder") as other:
-        decoder = Decoder(other, Decoding(model, noise_scale=0.0))
+    wished = Decoding(model, noise_scale=0.0)
+    with opened(bundle, "vae_encoder") as session, Decoder(bundle, wished) as decoder:
         for colour in COLOURS:
             one = np.array(colour, np.float32)[None, :, None, None, None]
             pixels = np.broadcast_to(one, (1, 3, 129, 128, 512)).astype(np.float32)
@@ -108,13 +128,13 @@ def colours(bundle: Bundle) -> Iterator[Row]:
             for tile in COLOUR_TILES:
                 tiled = decoder(latents, tile)
                 steps = {"step": step(tiled), "untiled_step": step(full)}
-                yield {"colour": colour, "tile": word(tile), **compared(tiled, full), **steps}
+                yield {"colour": colour, "tile": name(tile), **compared(tiled, full), **steps}
 
 
 def random(bundle: Bundle) -> Iterator[Row]:
     model = bundle.manifest.model
-    with opened(bundle, "vae_decoder") as session:
-        decoder, known = Decoder(session, Decoding(model)), dict[Grid, Floats]()
+    with Decoder(bundle, Decoding(model)) as decoder:
+        known = dict[Grid, Floats]()
         for grid, tile in RANDOM:
             shape = (1, model.latent_channels, *grid)
             latents = np.random.default_rng(1).standard_normal(shape, np.float32)
@@ -123,8 +143,17 @@ def random(bundle: Bundle) -> Iterator[Row]:
             full, tiled = known[grid], decoder(latents, tile)
             error = float(np.mean((tiled - full) ** 2))
             decibels = round(10 * float(np.log10(16 * float(full.var()) / error)), 1)
-            shared = min(tiles.overlap(t) for n, t in zip(grid, tile, strict=True) if t < n)
-            yield {"clip": word(grid), "tile": word(tile), "overlap": shared, "psnr": decibels}
+            row = {"clip": word(grid), "tile": name(tile), "psnr": decibels}
+            if isinstance(tile, tuple):
+                axes = zip(grid, tile, strict=True)
+                row["overlap"] = min(tiles.overlap(t) for n, t in axes if t < n)
+            yield row
+
+
+def name(cut: Cut) -> str:
+    if cut is None:
+        return "whole"
+    return f"stream {cut.frames}" if isinstance(cut, Streamed) else word(cut)
 
 
 def compared(tiled: Floats, full: Floats) -> Row:

@@ -319,7 +319,7 @@ class ResnetBlock3D(nn.Module):
         if noise is not None:
             h = h + (noise[1] * self.per_channel_scale2)[:, None]
 
-        x = time.beside(x, convolutions=2)
+        x = time.beside(x, 2)
         if self.reshapes:
             x = self.conv_shortcut(self.norm3(x))
         out: Tensor = x + h
@@ -377,7 +377,7 @@ class DepthToSpaceUpsample(nn.Module):
         x = time.joined(x)
         h = self._unfold(self.conv(x, time), time)
         if self.residual:
-            x = self._unfold(time.beside(x, convolutions=1), time)
+            x = self._unfold(time.beside(x, 1), time)
             h = h + torch.cat([x] * self.repeats, dim=1)
         if self.stride[0] == 2:
             time.doubled()

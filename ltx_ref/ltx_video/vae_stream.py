@@ -43,7 +43,7 @@ class Frames(Protocol):
         """As a convolution of three frames reads it: two more than come out."""
         ...
 
-    def beside(self, joined: Tensor, *, convolutions: int) -> Tensor:
+    def beside(self, joined: Tensor, convolutions: int, /) -> Tensor:
         """Those frames that so many convolutions make of it."""
         ...
 
@@ -69,7 +69,7 @@ class WholeClip:
         first, last = joined[:, :, :1], joined[:, :, -1:]
         return torch.cat([first, first, joined] if self.causal else [first, joined, last], dim=2)
 
-    def beside(self, joined: Tensor, *, convolutions: int) -> Tensor:
+    def beside(self, joined: Tensor, _convolutions: int, /) -> Tensor:
         return joined
 
     def untwinned(self, x: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class Stream:
         self._start = self._start - self._late
         return joined.index_select(2, (number - before).clamp(0, count - 1))
 
-    def beside(self, joined: Tensor, *, convolutions: int) -> Tensor:
+    def beside(self, joined: Tensor, convolutions: int, /) -> Tensor:
         begin = KEPT - self._late * convolutions
         return joined[:, :, begin : begin + joined.shape[2] - KEPT]
 

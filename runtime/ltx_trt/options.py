@@ -163,7 +163,8 @@ def tile_size(wished: str) -> VaeTile | VideoShape:
     sizes = wished.split("x")
     if len(sizes) != len(LEAST_TILE) or not all(size.isdecimal() for size in sizes):
         raise UserError(
-            f"--vae-tile is auto, stream, off or HEIGHTxWIDTHxFRAMES such as 512x768x65, not {wished}"
+            "--vae-tile is auto, stream, off or HEIGHTxWIDTHxFRAMES such as 512x768x65, not "
+            f"{wished}"
         )
     height, width, frames = map(int, sizes)
     if any(size < least for size, least in zip((height, width, frames), LEAST_TILE, strict=True)):

@@ -34,7 +34,11 @@ untiled decode, with 12 cells 50 to 64 dB, and ltx-tiny's, which are trained, ar
 
 SEAMLESS: Grid = (4, 6, 6)
 """Latent frames, rows and columns of overlap with which clips of one colour differ by 0.04 of 255
-levels from untiled ones (ltx-tiny); with less, by 1 to 2 levels."""
+levels from untiled ones (ltx-tiny); with less, by 1 to 2 levels. Tiles that share less are chosen
+only where no others fit."""
+
+NEAR: Grid = (OVERLAP, OVERLAP, OVERLAP)
+"""The same, for whatever weights: 50 dB and more from the untiled decode."""
 
 LEAST, MANY = 2, 33
 """Cells of a tile that overlaps, and of the longest that `every` tries beside the whole."""
@@ -173,22 +177,32 @@ def weights(spans: Sequence[slice], ramp: Ramp) -> list[Floats]:
     return found
 
 
-def choose(grid: Grid, sizes: Iterable[Grid], fits: Callable[[Grid], bool]) -> Grid | None:
-    """Of the tiles that fit one of those that share the most, and of these the one with which the
+def choose(
+    grid: Grid, sizes: Iterable[Grid], fits: Callable[[Grid], bool], enough: Grid = SEAMLESS
+) -> Grid | None:
+    """Of the tiles that fit one of those with enough overlap, and of these the one with which the
     fewest cells are computed."""
 
-    def worth(tile: Grid) -> tuple[int, int, int]:
-        axes = list(zip(grid, tile, strict=True))
-        shared = [overlap(t) for n, t in axes if t < n]
-        return min([OVERLAP, *shared]), -prod(t * count(n, t) for n, t in axes), prod(tile)
+    def worth(tile: Grid) -> tuple[float, int, int]:
+        return _shared(grid, tile, enough), -computed(grid, tile), prod(tile)
 
     return max(filter(fits, sizes), key=worth, default=None)
 
 
-def is_seamless(grid: Grid, tile: Grid) -> bool:
-    """Whether neighbours share enough for nobody to see where one ends."""
-    axes = zip(grid, tile, SEAMLESS, strict=True)
-    return all(overlap(t) >= enough for n, t, enough in axes if t < n)
+def computed(grid: Grid, tile: Grid) -> int:
+    """Cells of all tiles together."""
+    return prod(t * count(n, t) for n, t in zip(grid, tile, strict=True))
+
+
+def shares(grid: Grid, tile: Grid, enough: Grid) -> bool:
+    """Whether neighbours share so much, along each axis that is cut."""
+    return _shared(grid, tile, enough) >= 1
+
+
+def _shared(grid: Grid, tile: Grid, enough: Grid) -> float:
+    """Of what is enough, along the axis where it is least."""
+    axes = zip(grid, tile, enough, strict=True)
+    return min((1.0, *(overlap(t) / wanted for n, t, wanted in axes if t < n)))
 
 
 def every(grid: Grid) -> Iterable[Grid]:

@@ -86,7 +86,7 @@ def test_what_is_chosen_fits_overlaps_enough_and_computes_least() -> None:
         if fits(tile)
         and all(
             t == n or tiles.overlap(t) >= enough
-            for n, t, enough in zip(grid, tile, tiles.ENOUGH, strict=True)
+            for n, t, enough in zip(grid, tile, tiles.SEAMLESS, strict=True)
         )
     ]
     assert computed(chosen) == min(map(computed, enough))

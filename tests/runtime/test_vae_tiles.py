@@ -52,7 +52,7 @@ def test_tiles_fit_into_the_budget_with_what_is_put_together() -> None:
     grid = (33, 22, 38)
     for budget in (1 << 30, 4 << 30, 16 << 30):
         tile = host(budget)(grid)
-        assert tile is not None
+        assert isinstance(tile, tuple)
         assert budget / 4 < host(budget).need(tile, grid) <= budget
 
 
@@ -223,7 +223,10 @@ def test_the_command_line_says_which_tiles_it_takes(
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("large", "--vae-tile is auto, off or HEIGHTxWIDTHxFRAMES such as 512x768x65, not large"),
+        (
+            "large",
+            "--vae-tile is auto, stream, off or HEIGHTxWIDTHxFRAMES such as 512x768x65, not large",
+        ),
         ("512x768", "not 512x768"),
         ("32x64x9", "too small for tiles to overlap; try 64x64x9"),
         ("500x512x65", "--vae-tile 500x512x65: height must be a multiple of 32, not 500; try 512"),

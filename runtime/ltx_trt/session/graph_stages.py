@@ -65,10 +65,9 @@ class Graphs:
         """Whoever asks closes it."""
         if stage not in self._tiles:
             return self._session(stage)
-        stream = self._bundle.manifest.stages.get(STREAM) if stage == DECODER else None
-        if stream is None:
-            return TileSession(self._session(stage), self._tiles[stage])
-        return DecoderSession((stage, stream), self._session, self._tiles[stage])
+        if stage == DECODER and STREAM in self._bundle.manifest.stages:
+            return DecoderSession(stage, self._session, self._tiles[stage])
+        return TileSession(self._session(stage), self._tiles[stage])
 
     def _session(self, stage: str) -> Session:
         return OnnxRuntimeSession.open(

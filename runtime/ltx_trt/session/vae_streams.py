@@ -2,18 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
-from math import prod
 from threading import Lock
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self, runtime_checkable
 
-import numpy as np
-
-from ltx_engines.bundle import StageEntry, TensorEntry
-from ltx_engines.stages import NEXT, PAST, STREAM
+from ltx_engines.stages import STREAM
 from ltx_trt.decoder import Streaming
-from ltx_trt.session import Array, Feeds, Session, sizes
+from ltx_trt.session import Array, Feeds, Session
 from ltx_trt.session.closing import close_all
+from ltx_trt.session.kept_frames import Past
 from ltx_trt.tiles import Cut, Grid, Streamed
 
 
@@ -23,12 +20,12 @@ class DecoderSession:
 
     def __init__(
         self,
-        stages: tuple[str, StageEntry],
+        stage: str,
         open_stage: Callable[[str], Session],
         choose: Callable[[Grid], Cut],
     ) -> None:
-        """`stages`: that of the whole decoder, and the entry of the one that goes on."""
-        self._stage, self._entry = stages
+        """`stage` is that of the whole decoder."""
+        self._stage = stage
         self._open, self._choose = open_stage, choose
         self._opened: dict[str, Session] = {}
         self._lock = Lock()
@@ -43,9 +40,11 @@ class DecoderSession:
 
     def begin(self) -> Session:
         session = self._session(STREAM)
-        return (
-            session.begin() if isinstance(session, Streaming) else HostStream(session, self._entry)
-        )
+        if isinstance(session, Streaming):
+            return session.begin()
+        if isinstance(session, GoesOn):
+            return HostStream(session)
+        raise ValueError(f"a session of {STREAM} that cannot go on")
 
     def __enter__(self) -> Self:
         return self
@@ -67,23 +66,24 @@ class DecoderSession:
             return self._opened[stage]
 
 
-class HostStream:
-    """What a session gives as `next_0` and so on, it is given as `past_0` at the next call. The
-    session belongs to somebody else."""
+@runtime_checkable
+class GoesOn(Protocol):
+    """A session of a decoder that is given what it kept."""
 
-    def __init__(self, session: Session, entry: StageEntry) -> None:
-        self._session, self._entry = session, entry
-        self._past: dict[str, Array] = {}
+    def go_on(self, feeds: Feeds, past: Past, /) -> tuple[dict[str, Array], Past]:
+        """What it made, and the `past` of the next call; of the first it is empty."""
+        ...
+
+
+class HostStream:
+    """Passes on what is kept. The session belongs to somebody else."""
+
+    def __init__(self, session: GoesOn) -> None:
+        self._session = session
+        self._past: Past = {}
 
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
-        if not self._past:
-            self._past = begun(self._entry, feeds["latents"].shape[2:])
-        made = self._session({**feeds, **self._past})
-        self._past = {
-            name.replace(NEXT, PAST, 1): made.pop(name)
-            for name in list(made)
-            if name.startswith(NEXT)
-        }
+        made, self._past = self._session.go_on(feeds, self._past)
         return made
 
     def __enter__(self) -> Self:
@@ -96,20 +96,3 @@ class HostStream:
         trace: TracebackType | None,
     ) -> None:
         self._past = {}
-
-
-def begun(entry: StageEntry, grid: tuple[int, ...]) -> dict[str, Array]:
-    """What was kept before the first call: nothing that is read."""
-    past = (tensor for tensor in entry.inputs if tensor.name.startswith(PAST))
-    return {tensor.name: np.zeros(shape(tensor, grid), np.float32) for tensor in past}
-
-
-def kept_bytes(tensor: TensorEntry, grid: Grid) -> int:
-    """Of one input, if it is of what is kept; in float32, as it comes back to the host."""
-    return 4 * prod(shape(tensor, grid)) if tensor.name.startswith(PAST) else 0
-
-
-def shape(tensor: TensorEntry, grid: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a tensor of a stream, for one clip on this latent grid."""
-    known = sizes.of_grid(grid) | {"batch": 1}
-    return tuple(axis if isinstance(axis, int) else known[axis] for axis in tensor.axes)

@@ -9,7 +9,7 @@ pixels in as many channels as its weights say.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from types import TracebackType
 from typing import Self
 
@@ -24,8 +24,8 @@ from ltx_ref.checkpoint import CheckpointError, read_header
 from ltx_trt import tiles
 from ltx_trt.backend import Choice, Providers, VaeTile
 from ltx_trt.session import Array, Feeds, Session, buckets, sizes
+from ltx_trt.session.kept_frames import kept_bytes
 from ltx_trt.session.onnxruntime_session import CPU, provider_name
-from ltx_trt.session.vae_streams import kept_bytes
 from ltx_trt.tiles import LEAST, Cut, Grid, Streamed
 
 DECODER = "vae_decoder"
@@ -134,13 +134,15 @@ class EngineTiles:
 @dataclass(frozen=True, slots=True)
 class HostTiles:
     """As large as fit into `budget` bytes; None: no limit is known. `per_pixel` bytes of memory are
-    for each pixel of a tile. `stream` is the graph of a decoder that goes on, if there is one."""
+    for each pixel of a tile. `stream` is the graph of a decoder that goes on, if there is one,
+    which is `delay` frames late."""
 
     stage: str
     per_pixel: float
     budget: int | None
     wish: Wish
     stream: StageEntry | None = None
+    delay: int = 0
 
     @classmethod
     def of(cls, stage: str, bundle: Bundle, choice: Choice) -> Self:
@@ -150,7 +152,8 @@ class HostTiles:
         need = per_pixel(stage, _channels(stage, bundle))
         stream = bundle.manifest.stages.get(STREAM) if stage == DECODER else None
         budget = None if free is None else free // SHARE
-        return cls(stage, need, budget, choice.vae_tile, stream)
+        delay = bundle.manifest.model.stream_delay
+        return cls(stage, need, budget, choice.vae_tile, stream, delay)
 
     def __call__(self, grid: Grid) -> Cut:
         """
@@ -162,47 +165,64 @@ class HostTiles:
         if self.wish is VaeTile.off:
             return None
         if self.wish is VaeTile.stream and self.stage == DECODER:
+            if self.stream is None:
+                raise UserError(
+                    f"--vae-tile stream: this bundle has no stage {STREAM}; export it again with "
+                    "ltx-export onnx, or leave the option out"
+                )
             return self._streamed(grid) or Streamed(min(PIECES))
-        if grid[0] <= STRETCH and (self.budget is None or self.need(grid, grid) <= self.budget):
+        if grid[0] <= STRETCH and self._fits(self.need(grid, grid)):
             return None
-        if self.stream is not None and (piece := self._streamed(grid)) is not None:
-            return piece
-        return self._tile(grid)
+        streamed = self._streamed(grid)
+        return self._tiled(grid) if streamed is None else self._with_less_work(streamed, grid)
 
     def _streamed(self, grid: Grid) -> Streamed | None:
         """Of as many latent frames as there is memory for."""
         if self.stream is None:
-            raise UserError(
-                f"--vae-tile stream: this bundle has no stage {STREAM}; export it again (ltx-export "
-                "onnx), or leave the option out"
-            )
-        for piece in PIECES:
-            if self.budget is None or self.piece_need(self.stream, piece, grid) <= self.budget:
-                return Streamed(piece)
-        return None
+            return None
+        pieces = (piece for piece in PIECES if self._fits(self.piece_need(piece, grid)))
+        return next(map(Streamed, pieces), None)
 
-    def _tile(self, grid: Grid) -> Grid:
+    def _with_less_work(self, streamed: Streamed, grid: Grid) -> Grid | Streamed:
+        """Short clips are sooner made in tiles: a stream computes as much again as it is late."""
+        number = ceil((shape(grid).frames + self.delay) / TIME / streamed.frames)
+        tile = self._tile(grid, tiles.NEAR)
+        if tile is None or not tiles.shares(grid, tile, tiles.NEAR):
+            return streamed
+        less = tiles.computed(grid, tile) < number * streamed.frames * prod(grid[1:])
+        return tile if less else streamed
+
+    def _tiled(self, grid: Grid) -> Grid:
+        if (tile := self._tile(grid, tiles.SEAMLESS)) is not None:
+            return tile
+        frames, rows, columns = grid
+        least = (min(LEAST, frames), min(LEAST, rows), min(LEAST, columns))
+        raise UserError(
+            f"{self.stage} needs {said(self.need(least, grid))} of the host's memory for the "
+            f"smallest tiles, and may take {said(self.budget or 0)}, half of what is free; make "
+            f"the clip smaller, or try it with --vae-tile {word(least)}"
+        )
+
+    def _tile(self, grid: Grid, enough: Grid) -> Grid | None:
         stretch = (min(grid[0], STRETCH), *grid[1:])
-        if self.budget is None or self.need(stretch, grid) <= self.budget:
+        if self._fits(self.need(stretch, grid)):
             return stretch
-        budget = self.budget
-        found = tiles.choose(grid, tiles.every(grid), lambda tile: self.need(tile, grid) <= budget)
-        if found is None:
-            frames, rows, columns = grid
-            least = (min(LEAST, frames), min(LEAST, rows), min(LEAST, columns))
-            raise UserError(
-                f"{self.stage} needs {said(self.need(least, grid))} of the host's memory for the "
-                f"smallest tiles, and may take {said(budget)}, half of what is free; make the clip "
-                f"smaller, or try it with --vae-tile {word(least)}"
-            )
-        return found
 
-    def piece_need(self, stream: StageEntry, piece: int, grid: Grid) -> int:
+        def fits(tile: Grid) -> bool:
+            return self._fits(self.need(tile, grid))
+
+        return tiles.choose(grid, tiles.every(grid), fits, enough)
+
+    def _fits(self, need: int) -> bool:
+        return self.budget is None or need <= self.budget
+
+    def piece_need(self, piece: int, grid: Grid) -> int:
         """Bytes at most, of so many latent frames at a time."""
+        if self.stream is None:
+            raise ValueError("there is no decoder that goes on")
         pixels = SPACE**2 * prod(grid[1:])
         frames = TIME * piece + EDGES
-        kept = sum(kept_bytes(tensor, grid) for tensor in stream.inputs)
-        return int((self.per_pixel + CANVAS) * frames * pixels) + 2 * kept
+        return int(self.per_pixel * frames * pixels) + 2 * kept_bytes(self.stream, grid)
 
     def need(self, tile: Grid, grid: Grid) -> int:
         """Bytes at most."""
@@ -237,7 +257,11 @@ def _note(stage: str, cut: Grid | Streamed, grid: Grid) -> str:
     if isinstance(cut, Streamed):
         return f"{stage}: {TIME * cut.frames} frames at a time, as with --vae-tile stream"
     number = prod(tiles.count(*pair) for pair in zip(grid, cut, strict=True))
-    seams = "" if tiles.is_seamless(grid, cut) else ", which share so little that seams may show"
+    seams = (
+        ""
+        if tiles.shares(grid, cut, tiles.SEAMLESS)
+        else ", which share so little that seams may show"
+    )
     return f"{stage}: {number} tiles, as with --vae-tile {word(cut)}{seams}"
 
 
