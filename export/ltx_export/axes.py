@@ -51,7 +51,7 @@ DERIVED: Mapping[str, Derived] = MappingProxyType(
         **{
             f"latent_{side}_x{scale}": Derived(f"latent_{side}", scale)
             for side in ("height", "width")
-            for scale in (2, 4, 8)
+            for scale in (2, 4, 8, 16, 32)
         },
     }
 )

@@ -20,7 +20,7 @@ from ltx_export import element_types, lower, stamp, templates
 from ltx_export.axes import DERIVED, Derived, noise_axes
 from ltx_ref.ltx_video.config import Block, ModelConfig, TransformerConfig, VAEConfig, noise_blocks
 from ltx_ref.ltx_video.upsampler_config import UpsamplerConfig
-from ltx_ref.ltx_video.vae_stream import states
+from ltx_ref.ltx_video.vae_stream_config import states
 from ltx_ref.text import EMBED, SHARED, TextConfig
 
 OPSETS = (20, 23)

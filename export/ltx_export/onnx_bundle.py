@@ -35,7 +35,7 @@ from ltx_export.pipeline_defaults import Pipeline
 from ltx_export.sources import TEXT_FOLDER, TOKENIZER, Derived, Sources
 from ltx_ref import lora
 from ltx_ref.checkpoint import Header
-from ltx_ref.ltx_video import vae_stream
+from ltx_ref.ltx_video import vae_stream_config
 from ltx_ref.ltx_video.config import noise_blocks
 from ltx_ref.text import PromptTokenizer
 
@@ -360,7 +360,7 @@ def _manifest(order: Order, checked: Checked, graphs: list[Graph]) -> Manifest:
                 bundle.NoiseBlock(name=f"noise_{n.block}", maps=n.maps, scale=n.scale)
                 for n in noise_blocks(config.vae)
             ),
-            stream_delay=vae_stream.delay(config.vae),
+            stream_delay=vae_stream_config.delay(config.vae),
         ),
         scheduler=checked.pipeline.scheduler,
         allowed_inference_steps=config.allowed_inference_steps,

@@ -13,7 +13,8 @@ from ltx_export.graphs import Model
 from ltx_ref.ltx_video.model import LTXVideo
 from ltx_ref.ltx_video.transformer import StgMode
 from ltx_ref.ltx_video.upsampler import UpsamplerStage
-from ltx_ref.ltx_video.vae_stream import Past, states
+from ltx_ref.ltx_video.vae_stream import Past
+from ltx_ref.ltx_video.vae_stream_config import states
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel

@@ -30,6 +30,7 @@ def first(stage: str, models: str) -> Model:
         ("transformer", "tiny"),
         ("text_encoder", "tiny"),
         ("vae_decoder", "tiny"),
+        ("vae_decoder_stream", "tiny"),
         ("transformer", "released"),
         ("latent_upsampler", "released"),
     ],

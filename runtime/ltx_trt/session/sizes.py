@@ -57,7 +57,7 @@ def _derived(sizes: Mapping[str, int]) -> dict[str, int]:
         **{
             f"latent_{side}_x{scale}": (f"latent_{side}", scale, 0)
             for side in ("height", "width")
-            for scale in (2, 4, 8)
+            for scale in (2, 4, 8, 16, 32)
         },
     }
     return {
