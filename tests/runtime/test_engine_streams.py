@@ -29,8 +29,9 @@ from ltx_trt.session.device import Device
 from ltx_trt.session.driver import DeviceError
 from ltx_trt.session.memory import aligned
 from ltx_trt.session.opening import Opening, needed
-from ltx_trt.session.residency import plan as planned
+from ltx_trt.session.residency import plan as room
 from ltx_trt.session.stream_session import StreamSession
+from ltx_trt.triton.kept_stages import ExclusiveStages
 from tests.runtime import engine_bundles, streams
 from tests.runtime.engine_bundles import Engines
 from tests.runtime.fake_engines import FakeLibrary
@@ -128,7 +129,7 @@ def opened(folder: Path, gpu: FakeGpu) -> Iterator[StreamSession]:
     bundle = open_bundle(folder)
     with Device.of(gpu, FakeLibrary(gpu)) as device:
         chain = bundle.engines(STREAM, gpu.capability, device.library.flavour)
-        (residency,) = planned([needed(bundle.manifest, chain)], gpu.memory()[0])
+        (residency,) = room([needed(bundle.manifest, chain)], gpu.memory()[0])
         runner = Opening(bundle, device).runner(chain, residency)
         with StreamSession(STREAM, bundle.stage(STREAM), device, runner) as session:
             yield session
@@ -356,17 +357,30 @@ def test_an_engine_that_fails_in_the_middle_of_a_clip_leaves_nothing(folder: Pat
 def test_a_whole_decoder_that_is_not_there_is_not_opened(folder: Path) -> None:
     with open_stages(folder, Choice(), open_device=Machine()) as stages:
         assert isinstance(stages, EngineStages)
-        with (
-            stages.alone("vae_decoder") as session,
-            pytest.raises(UserError, match=f"vae_decoder has no engine, only {STREAM} has"),
-        ):
-            session(feeds())
+        with pytest.raises(UserError, match=f"vae_decoder has no engine, only {STREAM} has"):
+            stages.alone("vae_decoder")
 
 
 def test_a_server_warms_up_with_the_longest_clip_of_the_transformer(folder: Path) -> None:
     with open_stages(folder, Choice(), open_device=Machine()) as stages:
         assert isinstance(stages, EngineStages)
         assert stages.clips() == (CLIP,)
+
+
+def test_a_server_of_one_model_makes_the_same_clip_again_and_again(folder: Path) -> None:
+    machine, found = Machine(), []
+    engines = open_stages(folder, Choice(memory=Memory.auto), open_device=machine)
+    assert isinstance(engines, EngineStages)
+    with ExclusiveStages(engines) as studio:
+        loaded = machine.gpu.count("load")
+        request, _ = resolve(WISHES, studio.bundle)
+        planned = plan(request, studio.bundle.manifest)
+        for _ in range(2):
+            with studio.turn(planned) as open_session:
+                found.append(frames_of(generate(request, studio.bundle, open_session)).tobytes())
+        assert machine.gpu.count("load") == loaded, "before the server is ready"
+    assert machine.gpu.leaks() == []
+    assert found == whole(folder, WISHES) * 2
 
 
 def test_no_stage_of_a_clip_is_left_for_the_cpu(folder: Path) -> None:

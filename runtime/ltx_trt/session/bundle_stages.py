@@ -1,6 +1,6 @@
 """The stages of one bundle while clips are made of it: opened when needed, closed after or kept."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -162,25 +162,19 @@ class EngineStages:
         return tuple(buckets.clips(self._chains.get(DECODER, ())))
 
     def alone(self, stage: str) -> Session:
-        """A stage that is used without the others, for any clip that its engines take."""
+        """A stage that is used without the others, for any clip that its engines take whole."""
         if not computed(stage, self._chains):
             return self._graphs.alone(stage)
-        return self._by_clip(stage, self._lone) if stage == DECODER else self._lone(stage)
-
-    def _lone(self, stage: str) -> Session:
         chain = self._chain(stage)
         (row,) = residency.plan([needed(self.bundle.manifest, chain)], self._budget)
         return self._tiled(stage, self._session(stage, self._runner(stage, row)))
 
     def _decoder(self, stage: str) -> Session:
-        return self._by_clip(stage, self._open)
-
-    def _by_clip(self, stage: str, open_stage: Callable[[str], Session]) -> Session:
-        """A decoder that is opened when it is known for what clip."""
+        """One that is opened when it is known for what clip, if there are two to choose from."""
         if STREAM not in self._chains:
-            return open_stage(stage)
+            return self._open(stage)
         stages = stage, self.bundle.stage(STREAM)
-        return DecoderSession(stages, open_stage, self._tiles[stage])
+        return DecoderSession(stages, self._open, self._tiles[stage])
 
     def _chain(self, stage: str) -> Chain:
         if stage not in self._chains:  # whoever asks for it has no clip that says which decoder
