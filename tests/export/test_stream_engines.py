@@ -104,7 +104,7 @@ def with_stream(exported: Exported, tmp_path_factory: pytest.TempPathFactory) ->
     return open_bundle(out)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no stage": ({"stages": ("transformer",), "vae_stream": 16}, "--vae-stream is for the VAE's"),
     "no frames": ({"stages": (STREAM,)}, "give --vae-stream 16, or leave the stage out"),
     "tiles": (

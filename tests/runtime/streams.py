@@ -41,10 +41,10 @@ def _graph(stage: Stage) -> bytes:
     from onnx import TensorProto, helper, numpy_helper
 
     types = {"float": TensorProto.FLOAT, "float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
-    ends = [
+    inputs, outputs = (
         [helper.make_tensor_value_info(t.name, types[t.dtype], t.axes) for t in tensors]
         for tensors in (stage.inputs, stage.outputs)
-    ]
+    )
     node = helper.make_node
     nodes = [
         node("Concat", ["past_0", "latents"], ["h0"], axis=2),
@@ -74,7 +74,7 @@ def _graph(stage: Stage) -> bytes:
         "nothing": np.float32(0),
     }
     weights = [numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items()]
-    graph = helper.make_graph(nodes, STREAM, *ends, weights)
+    graph = helper.make_graph(nodes, STREAM, inputs, outputs, weights)
     opset = helper.make_opsetid("", 18)
     data: bytes = helper.make_model(graph, opset_imports=[opset], ir_version=9).SerializeToString()
     return data

@@ -16,13 +16,14 @@ pytest.importorskip("onnxruntime")
 from ltx_engines import bundle as bundles
 from ltx_engines.bundle import open_bundle
 from ltx_engines.errors import UserError
+from ltx_engines.manifest import OnnxRuntimeEntry
 from ltx_engines.shapes import VideoShape
 from ltx_engines.stages import STREAM
 from ltx_engines.targets import Flavour
-from ltx_trt.backend import Backend, Choice, Memory, VaeTile
+from ltx_trt.backend import Backend, Choice, Memory, Providers, VaeTile
 from ltx_trt.pipeline import Decoded, frames_of, generate, plan
 from ltx_trt.request import Wishes, resolve
-from ltx_trt.session import Session, needs, tensorrt_adapter
+from ltx_trt.session import Session, needs, tensorrt_adapter, vae_tiles
 from ltx_trt.session.bundle_stages import EngineStages, Stages
 from ltx_trt.session.choice import open_stages
 from ltx_trt.session.device import Device
@@ -31,6 +32,7 @@ from ltx_trt.session.memory import aligned
 from ltx_trt.session.opening import Opening, needed
 from ltx_trt.session.residency import plan as room
 from ltx_trt.session.stream_session import StreamSession
+from ltx_trt.tiles import Cut, Streamed
 from ltx_trt.triton.kept_stages import ExclusiveStages
 from tests.runtime import engine_bundles, streams
 from tests.runtime.engine_bundles import Engines
@@ -77,7 +79,7 @@ class Machine:
         self, folder: Path, choice: Choice, *wishes: Wishes
     ) -> tuple[list[list[Decoded]], list[str]]:
         """The chunks of each clip, and all that was said."""
-        clips, said = [], []
+        clips, said = list[list[Decoded]](), list[str]()
         with open_stages(folder, choice, open_device=self) as stages:
             for wish in wishes:
                 chunks, notes = clip(stages, wish)
@@ -221,6 +223,47 @@ def test_whoever_was_at_an_earlier_clip_does_not_go_on_with_it(
     later(feeds())
 
 
+def test_called_with_what_is_kept_it_gives_it_back_and_no_clip_goes_on(
+    decoder: tuple[FakeGpu, StreamSession],
+) -> None:
+    _, session = decoder
+    clip = session.begin()
+    clip(feeds())
+    kept = {
+        f"past_{index}": np.full((1, k.channels, 2, 2 * k.scale, 3 * k.scale), 0.25, np.float32)
+        for index, k in enumerate(streams.KEPT)
+    }
+    made = session(feeds() | kept)
+    assert sorted(made) == ["next_0", "next_1", "pixels"]
+    np.testing.assert_array_equal(made["next_0"], feeds()["latents"])
+    with pytest.raises(ValueError, match="another clip has begun"):
+        clip(feeds(2))
+
+
+def test_onnx_runtimes_own_engines_stream_where_the_bundle_has_profiles_for_it(
+    graphs: Path,
+) -> None:
+    piece = {"latent_frames": (2, 2, 2), "latent_height": (2, 2, 2), "latent_width": (3, 3, 3)}
+    entry = OnnxRuntimeEntry(providers=("tensorrt-rtx",), profiles=(piece,))
+    choice = Choice(provider=Providers.tensorrt_rtx)
+    assert decided(graphs, choice, {}) is None, "without profiles it builds for whatever comes"
+    longer = OnnxRuntimeEntry(
+        providers=("tensorrt-rtx",), profiles=(piece | {"latent_frames": (3, 3, 3)},)
+    )
+    assert decided(graphs, choice, {"vae_decoder": longer}) == (3, 2, 3)
+    assert decided(graphs, choice, {"vae_decoder": longer, STREAM: entry}) == Streamed(2)
+    wished = replace(choice, vae_tile=VaeTile.stream)
+    with pytest.raises(UserError, match=f"{STREAM} has no engine here"):
+        decided(graphs, wished, {"vae_decoder": longer})
+
+
+def decided(folder: Path, choice: Choice, made_for: dict[str, OnnxRuntimeEntry]) -> Cut:
+    opened = open_bundle(folder)
+    manifest = opened.manifest.model_copy(update={"onnxruntime": made_for})
+    choose = vae_tiles.of_graph("vae_decoder", bundles.Bundle(folder, manifest), choice)
+    return choose((5, 2, 3))
+
+
 def test_a_larger_clip_after_a_smaller_one_has_larger_buffers(graphs: Path) -> None:
     engine_bundles.add(graphs, Engines((PIECE, VideoShape(9, 128, 96)), (STREAM,)))
     gpu = FakeGpu()
@@ -309,7 +352,7 @@ def test_both_decoders_stay_where_there_is_room_for_both(folder: Path) -> None:
     assert decoders == ["vae_decoder", STREAM]
 
 
-REFUSALS = {
+REFUSALS: dict[str, tuple[Engines, VaeTile | VideoShape, str]] = {
     "stream without one": (
         Engines((CLIP,), ("vae_decoder",)),
         VaeTile.stream,

@@ -32,7 +32,7 @@ from ltx_trt.session.stream_session import StreamSession
 from ltx_trt.session.tensorrt_session import TensorRTSession
 from ltx_trt.session.vae_streams import DecoderSession
 from ltx_trt.session.vae_tiles import EngineTiles, TileSession
-from ltx_trt.tiles import Cut, Streamed
+from ltx_trt.tiles import Cut, Grid, Streamed
 
 TRANSFORMER, DECODER = "transformer", "vae_decoder"
 USED = (TEXT_ENCODER, TRANSFORMER, DECODER)
@@ -323,10 +323,14 @@ class EngineStages:
         cut = None if choose is None else choose(wish.clip.latent)
         if cut is None:
             return wish
-        streams = isinstance(cut, Streamed)
-        clip = vae_tiles.shape((cut.frames, *wish.clip.latent[1:]) if streams else cut)
-        given = {**sizes.of_clip(clip, self.bundle.manifest), "batch": 1}
-        return Asked(STREAM if streams else wish.stage, clip, given)
+        if isinstance(cut, Streamed):
+            _, rows, columns = wish.clip.latent
+            return self._given(STREAM, (cut.frames, rows, columns))
+        return self._given(wish.stage, cut)
+
+    def _given(self, stage: str, grid: Grid) -> Asked:
+        clip = vae_tiles.shape(grid)
+        return Asked(stage, clip, {**sizes.of_clip(clip, self.bundle.manifest), "batch": 1})
 
     def _as_built(self, planned: Planned) -> Iterator[str]:
         """The stages of a clip, with the decoder that it takes."""

@@ -36,6 +36,10 @@ class StreamSession(TensorRTSession):
         self._given = entry.model_copy(update={"inputs": given})
         self._clip: _Clip | None = None
 
+    def __call__(self, feeds: Feeds) -> dict[str, Array]:
+        self._clip = None  # what is kept goes into its memory
+        return super().__call__(feeds)
+
     def begin(self) -> Session:
         """Whoever was at an earlier clip is not to go on with it: there is one memory."""
         self._clip = _Clip(self)
