@@ -24,6 +24,7 @@ from ltx_trt.backend import Backend, Choice, Memory, Providers, VaeTile
 from ltx_trt.pipeline import Decoded, frames_of, generate, plan
 from ltx_trt.request import Wishes, resolve
 from ltx_trt.session import Session, needs, tensorrt_adapter, vae_tiles
+from ltx_trt.session import sizes as sizes_of_clips
 from ltx_trt.session.bundle_stages import EngineStages, Stages
 from ltx_trt.session.choice import open_stages
 from ltx_trt.session.device import Device
@@ -32,6 +33,7 @@ from ltx_trt.session.memory import aligned
 from ltx_trt.session.opening import Opening, needed
 from ltx_trt.session.residency import plan as room
 from ltx_trt.session.stream_session import StreamSession
+from ltx_trt.session.vae_tiles import EngineTiles
 from ltx_trt.tiles import Cut, Streamed
 from ltx_trt.triton.kept_stages import ExclusiveStages
 from tests.runtime import engine_bundles, streams
@@ -331,6 +333,18 @@ def test_a_decoder_that_takes_the_clip_whole_goes_before_one_that_goes_on(folder
     assert [frames_of(chunks).tobytes() for chunks in clips] == whole(folder, short, long)
     decoders = [name for _, name in machine.gpu.named("load") if name.startswith("vae")]
     assert decoders == ["vae_decoder", STREAM], "and tiles come last"
+
+
+def test_tiles_are_for_rows_and_columns_that_no_stream_takes(folder: Path) -> None:
+    manifest = open_bundle(folder).manifest
+    tile = {axis: (n, n, n) for axis, n in zip(sizes_of_clips.GRID, (3, 4, 4), strict=True)}
+    piece = tile | {"latent_frames": (2, 2, 2)}
+    choose = EngineTiles("vae_decoder", (tile,), manifest, VaeTile.auto, (piece,))
+    assert choose((3, 4, 4)) is None
+    assert choose((9, 4, 4)) == Streamed(2)
+    assert choose((9, 4, 6)) == (3, 4, 4)
+    larger = piece | {"latent_frames": (4, 4, 4)}
+    assert replace(choose, streams=(piece, larger))((9, 4, 4)) == Streamed(4)
 
 
 def test_a_stream_may_be_wished_where_the_clip_would_be_whole(folder: Path) -> None:
