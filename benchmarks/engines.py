@@ -25,6 +25,7 @@ from pathlib import Path
 
 import quantized_slice
 from child import ChildrenWatch, run
+from ltx_engines.stages import STREAM
 from report import Facts, attempt, machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +35,8 @@ CONFIG = ROOT / "tools/tiny/ltx-tiny.yaml"
 CLIP = "1216x704x121"
 TILE = "608x352x65"
 """A quarter of the clip's area, in half of its frames."""
+PIECE = 16
+"""Frames at a time of a decoder that goes on, of the clip's whole area."""
 
 MOST_MEMORY = 1.35
 """Anonymous memory of the transformer's builder, in sizes of the weights."""
@@ -67,6 +70,7 @@ ROWS = (
     Row("2b-fp8-sm120", ("sm120",), "fp8"),
     Row("2b-fp8-both", ("sm89", "sm120"), "fp8"),
     Row("vae-decoder-tile-sm89", ("sm89",), "bf16", "vae_decoder"),
+    Row("vae-decoder-stream-sm89", ("sm89",), "bf16", STREAM),
     Row("tiny-bf16", ("sm86", "sm89", "sm120"), "bf16", "all"),
     Row("tiny-fp8", ("sm89", "sm120"), "fp8", "all"),
     Row("tiny-int8", ("sm86", "sm89", "sm120"), "int8", "all"),
@@ -92,6 +96,8 @@ def command(row: Row, checkpoint: Path, ranges: Path, out: Path) -> list[str | P
         words += ["--split", str(row.split)]
     if row.stage == "vae_decoder":
         words += ["--vae-tile", TILE]
+    if row.stage == STREAM:
+        words += ["--vae-stream", str(PIECE)]
     return [*words, "--out", out]
 
 
@@ -162,7 +168,7 @@ def facts(bundle: Path) -> Facts:
 
 
 def benchmark(rows: Sequence[Row], checkpoint: Path, work: Path) -> Facts:
-    report: Facts = {"machine": machine(), "clip": CLIP, "tile": TILE, "rows": {}}
+    report: Facts = {"machine": machine(), "clip": CLIP, "tile": TILE, "piece": PIECE, "rows": {}}
     for row in rows:
         result = attempt(row.name, partial(measure, row, checkpoint, work))
         report["rows"][row.name] = result

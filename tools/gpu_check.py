@@ -58,6 +58,13 @@ PARTS = (
     _own("layers", "the engines' own inspector and the builder's table", "polygraphy"),
     _own("ladder", "ltx-export verify, up to the engine", "polygraphy"),
     _own("clips", "an engine's clip beside ONNX Runtime's", "onnxruntime"),
+    _own(
+        "stream",
+        "a clip decoded a few frames at a time beside the whole",
+        "builder",
+        "onnx",
+        after=None,
+    ),
     _own("provider", "ONNX Runtime's CUDA beside its CPU", "onnxruntime", after=None),
     _own("lora", "a LoRA by refit beside one that is fused", "onnxruntime"),
     _own("memory", "peak memory, and the same clip with less of it", "onnxruntime"),

@@ -162,9 +162,13 @@ def by_cpu(here: Here, name: str, *options: str | Path) -> Facts:
 
 def flavour(here: Here) -> str:
     """Of the engines that `tiny` has built."""
+    return flavour_of(here.bundle(here.half))
+
+
+def flavour_of(bundle: Path) -> str:
     from ltx_engines.bundle import read
 
-    return read(here.bundle(here.half)).engines[0].key.flavour
+    return read(bundle).engines[0].key.flavour
 
 
 def alike(here: Here, name: str, other: str) -> Facts:
@@ -193,6 +197,23 @@ def clips(here: Here) -> Facts:
     wanted = reports["engine"]["sha256"]
     same = {name: reports[name]["sha256"] == wanted for name in ("again", "without_graphs")}
     return {"passed": found["alike"], **found, "same_bytes": same, "reports": reports}
+
+
+def stream(here: Here) -> Facts:
+    """A clip decoded whole beside the same clip 16 frames at a time, of one transformer."""
+    bundle = here.work / "stream"
+    words: Words = [*EXPORT, "build-engine", CHECKPOINT, "--text-encoder", TINY / "text_encoder"]
+    words += ["--pipeline-config", CONFIG, "--precision", here.half, "--gpu", here.gpu]
+    words += ["--stages", "text_encoder,transformer,vae_decoder", "--vae-stream", "16"]
+    rows: Facts = {"engines": built([*words, "--shape", "96x96x65", "--out", bundle])}
+    own: Words = ["--bundle", bundle, "--backend", flavour_of(bundle), "--num-frames", "65"]
+    ways = {"whole": "off", "streamed": "stream", "again": "stream"}
+    reports = {name: clip(here, name, *own, "--vae-tile", way) for name, way in ways.items()}
+    found = alike(here, "whole", "streamed")
+    most = int(abs(frames(here.work / "whole").astype(int) - frames(here.work / "streamed")).max())
+    same = reports["streamed"]["sha256"] == reports["again"]["sha256"]
+    found |= {"most_levels": most, "same_bytes": same}
+    return {"passed": found["alike"], **found, "reports": reports, **rows}
 
 
 def provider(here: Here) -> Facts:
@@ -335,7 +356,7 @@ def rtx(here: Here) -> Facts:
     return {"passed": not known or ways[2] in ran, "in_its_list": known, "runs": ran, "ways": rows}
 
 
-PARTS = (tiny, layers, ladder, clips, provider, lora, memory, warm, slices, swaps, rtx)
+PARTS = (tiny, layers, ladder, clips, stream, provider, lora, memory, warm, slices, swaps, rtx)
 
 
 def main() -> int:

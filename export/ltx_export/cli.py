@@ -194,6 +194,10 @@ def plan(  # noqa: PLR0913 - options of a command
         int | None,
         typer.Option(metavar="N", min=0, help="With given images, N of them after frame 0."),
     ] = None,
+    vae_stream: Annotated[
+        int | None,
+        typer.Option(metavar="FRAMES", help="The decoder goes on, so many frames at a time."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     ignore_config_key: IgnoreKeys = [],  # noqa: B006 - typer copies it
 ) -> None:
@@ -217,12 +221,13 @@ def plan(  # noqa: PLR0913 - options of a command
         branches=usual_branches if branches is None else branches,
         text_tokens=MAX_LENGTH if text_tokens is None else text_tokens,
         conditioning=conditioning,
+        vae_stream=vae_stream,
     )
     if preset is not None:
         if steps is not None or branches is not None:
             raise UserError("--preset says --steps and --branches; leave them out")
         question = by_preset(question, preset, found.config)
-    choice = stage_plan.choose(found, wanted)
+    choice = stage_plan.choose(found, wanted, question)
     parts = stage_plan.parts(found, question, choice.stages)
     made = planning.make(question, parts, choice.left_out)
     if as_json:

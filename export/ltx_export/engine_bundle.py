@@ -30,9 +30,9 @@ from ltx_export import (
     engine_files,
     engine_jobs,
     engine_needs,
-    engine_profiles,
     engine_refusals,
     engine_source,
+    engine_stages,
     engine_work,
     known_bad,
     layer_table,
@@ -88,9 +88,8 @@ def check(folder: Path, order: Order) -> Checked:
         UserError: it is no bundle, or something of the order cannot be built.
     """
     opened = bundle.open_bundle(folder, engines=False)
-    stages = _stages(opened, order)
-    if order.vae_tile is not None and not engine_profiles.VAE & set(stages):
-        raise UserError("--vae-tile is for the VAE, which is not among the stages; leave it out")
+    stages = engine_stages.of(opened, order)
+    engine_stages.check_vae(stages, order)
     if order.split is not None and STAGE not in stages:
         raise UserError("--split is for the transformer, which is not among the stages")
     if order.engine_weights == "inputs" and STAGE not in stages:
@@ -154,14 +153,6 @@ def _with_harm(works: Sequence[Work], lost: Sequence[_Lost]) -> tuple[Work, ...]
         reason = next(same, None)
         why.append(work if reason is None else replace(work, reasons=(reason,)))
     return tuple(why)
-
-
-def _stages(opened: Bundle, order: Order) -> tuple[str, ...]:
-    """As they were asked for, without the step that goes with the transformer."""
-    for stage in order.stages or ():
-        opened.stage(stage)
-    known = opened.manifest.stages if order.stages is None else order.stages
-    return tuple(stage for stage in known if stage != SAMPLER_STEP)
 
 
 def _with_step(opened: Bundle) -> Bundle:

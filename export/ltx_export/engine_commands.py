@@ -102,7 +102,19 @@ def build_engine(  # noqa: PLR0913 - options of a command
     ] = None,
     vae_tile: Annotated[
         str | None,
-        typer.Option(metavar="WxHxF", help="What the VAE takes at once, in the place of clips."),
+        typer.Option(
+            metavar="WxHxF",
+            help="What the VAE takes at once, in the place of clips; beside --vae-stream its "
+            "encoder.",
+        ),
+    ] = None,
+    vae_stream: Annotated[
+        int | None,
+        typer.Option(
+            metavar="FRAMES",
+            help="A decoder that goes on, so many frames at a time, for clips of any length, in "
+            "the place of one for whole clips or tiles.",
+        ),
     ] = None,
     split: Annotated[
         str | None,
@@ -160,6 +172,7 @@ def build_engine(  # noqa: PLR0913 - options of a command
         engine_numbers,
         engine_refusals,
         engine_source,
+        engine_stages,
         onnxruntime_bundle,
     )
     from ltx_export.onnx_order import Order as Graphs
@@ -181,6 +194,7 @@ def build_engine(  # noqa: PLR0913 - options of a command
         workspace=None if workspace is None else _bytes(workspace),
         allow_fallback=allow_fallback,
         vae_tile=vae_tile,
+        vae_stream=vae_stream,
         weight_streaming=weight_streaming,
         refittable=refittable,
         cache=cache,
@@ -198,7 +212,7 @@ def build_engine(  # noqa: PLR0913 - options of a command
         out or source,
         text_encoder=text_encoder,
         upsampler=upsampler,
-        stages=chosen,
+        stages=engine_stages.graphs(order),
         pipeline_config=presets.chosen(pipeline_config, preset),
         weights=weights.value,
         ignore_config_keys=tuple(ignore_config_key),

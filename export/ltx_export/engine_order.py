@@ -14,8 +14,9 @@ from ltx_export.block_groups import Split
 @dataclass(frozen=True, slots=True)
 class Order:
     """None leaves a choice to the bundle or to the builder. Without `split` the transformer stays
-    as it is split in the bundle. `conditioning` are keyframes at most, `passes` those of a clip:
-    see `engine_profiles`. `workspace` and `host_memory` are in bytes."""
+    as it is split in the bundle. `conditioning` are keyframes at most, `passes` those of a clip,
+    `vae_stream` frames of pixels: see `engine_profiles`. `workspace` and `host_memory` are in
+    bytes."""
 
     gpus: tuple[str, ...]
     shapes: tuple[str, ...]
@@ -28,6 +29,7 @@ class Order:
     workspace: int | None = None
     allow_fallback: bool = False
     vae_tile: str | None = None
+    vae_stream: int | None = None
     weight_streaming: bool = False
     refittable: bool = False
     cache: Path | None = None
@@ -47,6 +49,8 @@ def check_early(order: Order) -> tuple[Target, ...]:
     engine_refusals.check_machine(engine_refusals.flavour(found, order.backend), found)
     for word in (*order.shapes, *filter(None, [order.vae_tile])):
         engine_profiles.ends(word)
+    if order.vae_stream is not None:
+        engine_profiles.check_stream(order.vae_stream)
     if order.host_memory is not None and order.split != "auto":
         raise UserError("--host-memory is for --split auto; give both, or leave it out")
     if order.engine_weights == "inputs":

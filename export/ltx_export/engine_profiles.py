@@ -10,7 +10,9 @@ from types import MappingProxyType
 
 from ltx_engines.bundle import Defaults, Manifest, StageEntry, TensorEntry
 from ltx_engines.cache_key import Profile, Range
-from ltx_engines.shapes import VideoShape
+from ltx_engines.errors import UserError
+from ltx_engines.shapes import TIME, VideoShape
+from ltx_engines.stages import STREAM
 from ltx_export import axes
 from ltx_export.build import Shapes
 from ltx_export.pass_shapes import FIRST, SECOND, of_passes
@@ -24,9 +26,10 @@ class Buckets:
 
     `conditioning` adds to each clip a profile for given images: with a timestep for each token, and
     room for so many keyframes' tokens before the clip's own (a sequence after frame 0 takes two).
-    `vae_tile` is a shape too: the VAE's stages take it in the place of the clips. With two `passes`
-    a shape is that of the whole clip, and the stages see those of its passes; None is as the
-    bundle's defaults.
+    `vae_tile` is a shape too: the VAE's stages take it in the place of the clips. `vae_stream` are
+    the frames that a decoder takes at a time which goes on where it was; without, it takes a clip.
+    With two `passes` a shape is that of the whole clip, and the stages see those of its passes;
+    None is as the bundle's defaults.
     """
 
     shapes: tuple[str, ...]
@@ -34,6 +37,7 @@ class Buckets:
     text_tokens: int
     conditioning: int | None = None
     vae_tile: str | None = None
+    vae_stream: int | None = None
     passes: int | None = None
 
     def words(self, stage: str) -> tuple[str, ...]:
@@ -45,6 +49,16 @@ class Buckets:
 
 VAE = frozenset({"vae_encoder", "vae_decoder"})
 """Stages that can work in tiles."""
+
+
+def check_stream(frames: int) -> None:
+    """
+    Raises:
+        UserError: it is no number of whole latent frames.
+    """
+    if frames < TIME or frames % TIME:
+        nearest = max(TIME, round(frames / TIME) * TIME)
+        raise UserError(f"--vae-stream must be a multiple of {TIME}, not {frames}; try {nearest}")
 
 
 def usual_branches(manifest: Manifest) -> int:
@@ -96,7 +110,7 @@ def _seen(stage: str, defaults: Defaults, buckets: Buckets) -> tuple[str, ...]:
 
 
 SCALES: Mapping[str, tuple[int, ...]] = MappingProxyType(
-    {"latent_upsampler": (FIRST,), "vae_decoder": (SECOND,)}
+    {"latent_upsampler": (FIRST,), "vae_decoder": (SECOND,), STREAM: (SECOND,)}
 )
 """What a stage sees of a clip in two passes; the others see both."""
 
@@ -113,6 +127,9 @@ def _sizes(stage: str, buckets: Buckets) -> Iterator[dict[str, Range]]:
     keyframes = buckets.conditioning
     for word in buckets.words(stage):
         sizes = _grid(*ends(word)) | {"batch": (1, most, most), "text": _fixed(buckets.text_tokens)}
+        if stage == STREAM and buckets.vae_stream is not None:
+            yield sizes | {"latent_frames": _fixed(buckets.vae_stream // TIME)}
+            continue
         if stage == "vae_encoder":
             yield from _readings(sizes, sequences=keyframes is not None)
             continue

@@ -16,7 +16,7 @@ from pathlib import Path
 from ltx_engines import bundle, hashes
 from ltx_engines.bundle import Hashing, Manifest, StageEntry
 from ltx_engines.errors import UserError
-from ltx_engines.stages import OPTIONAL, SAMPLER_STEP, STAGES
+from ltx_engines.stages import OPTIONAL, SAMPLER_STEP, STAGES, STREAM
 from ltx_export import __version__, engine_files, engine_numbers
 from ltx_export.engine_numbers import Numbers
 from ltx_export.onnx_order import Order, Reader, check_apart
@@ -88,7 +88,8 @@ def prepare(
         present = bundle.read(order.out).stages.keys()
         if present >= set(stages):
             return
-        stages = tuple(s for s in (*STAGES, *OPTIONAL) if s in {*stages, *present})
+        known = (*STAGES, STREAM, *OPTIONAL)
+        stages = tuple(stage for stage in known if stage in {*stages, *present})
     _check_kept(order.out, stages)
     calibration = () if numbers.calibration is None else (numbers.calibration,)
     check_apart(order.out, (*order.read_by(), *calibration))
@@ -179,7 +180,7 @@ def _check_replaced(out: Path, reader: Reader) -> None:
 
 def _stages(order: Order) -> tuple[str, ...]:
     """As the export understands None."""
-    return order.stages or (*STAGES, *(OPTIONAL if order.upsampler else ()))
+    return order.stages or (*STAGES, STREAM, *(OPTIONAL if order.upsampler else ()))
 
 
 def _check_kept(out: Path, stages: tuple[str, ...]) -> None:

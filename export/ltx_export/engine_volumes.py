@@ -11,6 +11,7 @@ from ltx_engines.bundle import Bundle
 from ltx_engines.cache_key import EngineKey, Profile
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import SPACE, TIME, VideoShape
+from ltx_engines.stages import STREAM
 from ltx_export import engine_needs, engine_profiles, fitting, graph_costs
 from ltx_export.engine_order import Order
 from ltx_export.engine_profiles import VAE, Buckets
@@ -46,6 +47,8 @@ def _problem(opened: Bundle, key: EngineKey, order: Order) -> str | None:
     cure = "give smaller clips"
     if key.stage in VAE and (tile := _tile(opened, key.stage, model, order)) is not None:
         cure = f"give --vae-tile {tile}"
+    if key.stage == STREAM and (frames := _stream(model, key)) is not None:
+        cure = f"give --vae-stream {frames}"
     return (
         f"{key.stage}: a convolution of {most:,} elements, and a builder counts to {INT32_MAX:,}; "
         f"{cure}"
@@ -56,6 +59,16 @@ def _elements(model: ir.Model, profile: Profile) -> int:
     """Of the largest end of a convolution in the largest call."""
     axes = {name: sizes[2] for name, sizes in profile.items()}
     return max(one.elements for one in graph_costs.convolutions(model, axes))
+
+
+def _stream(model: ir.Model, key: EngineKey) -> int | None:
+    """The most frames at a time that can be counted."""
+    asked = max(profile["latent_frames"][2] for profile in key.profiles)
+    for frames in range(asked - 1, 0, -1):
+        fewer = [profile | {"latent_frames": (frames,) * 3} for profile in key.profiles]
+        if all(_elements(model, profile) <= INT32_MAX for profile in fewer):
+            return TIME * frames
+    return None
 
 
 def _tile(opened: Bundle, stage: str, model: ir.Model, order: Order) -> str | None:

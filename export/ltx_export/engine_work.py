@@ -98,7 +98,13 @@ def _key(opened: Bundle, stage: str, order: Order) -> EngineKey:
     branches = order.branches or engine_profiles.usual_branches(manifest)
     text = engine_profiles.text_tokens(manifest)
     buckets = Buckets(
-        order.shapes, branches, text, order.conditioning, order.vae_tile, order.passes
+        order.shapes,
+        branches,
+        text,
+        conditioning=order.conditioning,
+        vae_tile=order.vae_tile,
+        vae_stream=order.vae_stream,
+        passes=order.passes,
     )
     options = {"optimization level": order.optimization_level, "workspace": order.workspace}
     options["weight streaming"] = 1 if order.weight_streaming else None

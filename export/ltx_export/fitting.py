@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from ltx_engines.shapes import SPACE, TIME
 from ltx_engines.targets import GIGA, PRECISIONS, Precision, Target
+from ltx_export.engine_profiles import VAE
 from ltx_export.graph_costs import INT32_MAX, Costs, Kernel
 from ltx_export.plan_question import FLOATS, Number
 from ltx_export.stage_plan import Grid, StagePlan, Workshop, is_small, stored
@@ -154,7 +155,7 @@ def _tiling(stage: StagePlan, budget: int, workshop: Workshop) -> Tiling:
     """The fewest tiles that fit; if none do, the last ones tried. Only a VAE is tiled."""
     pieces, tile, costs = (1, 1, 1), workshop.shape.latent, stage.costs
     while budget > 0 and not (_counts(costs) and working(costs) <= budget):
-        if not stage.name.startswith("vae_") or max(tile) <= SMALLEST_TILE:
+        if stage.name not in VAE or max(tile) <= SMALLEST_TILE:
             break
         pieces = _halved(pieces, tile)
         tile = _tile(workshop.shape.latent, pieces)

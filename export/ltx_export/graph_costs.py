@@ -221,14 +221,25 @@ def _peak(walk: Walk, groups: Sequence[_Group]) -> int:
 
 
 def _levels(touched: Sequence[tuple[Sequence[ir.Value], Sequence[ir.Value]]]) -> list[int]:
-    """When each kernel runs: one level before the first kernel that reads what it writes."""
+    """When each kernel runs: one level before the first kernel that reads what it writes. One that
+    only gives out a piece of what others read runs with the first of these."""
+    used = {value for read, _ in touched for value in read}
+    ends = [not used.intersection(written) for _, written in touched]
+    rows = list(zip(touched, ends, strict=True))
+    within = {value for (read, _), end in rows if not end for value in read}
     first_read: dict[ir.Value, int] = {}
-    levels: list[int] = []
-    for read, written in reversed(touched):
+    levels: list[int | None] = []
+    for (read, written), end in reversed(rows):
+        if end and read and within.issuperset(read):
+            levels.append(None)
+            continue
         level = min((first_read[v] - 1 for v in written if v in first_read), default=0)
         first_read |= {value: min(level, first_read.get(value, level)) for value in read}
         levels.append(level)
-    return levels[::-1]
+    return [
+        min(first_read[value] for value in read) if level is None else level
+        for (read, _), level in zip(touched, reversed(levels), strict=True)
+    ]
 
 
 def _flops(walk: Walk, group: _Group) -> int:

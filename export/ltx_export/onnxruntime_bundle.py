@@ -10,9 +10,8 @@ from ltx_engines.bundle import Manifest
 from ltx_engines.errors import UserError
 from ltx_engines.manifest import OnnxRuntimeEntry
 from ltx_engines.providers import Provider
-from ltx_engines.stages import SAMPLER_STEP
 from ltx_engines.targets import Target
-from ltx_export import engine_profiles
+from ltx_export import engine_profiles, engine_stages
 from ltx_export.engine_order import Order
 from ltx_export.engine_profiles import Buckets
 
@@ -48,6 +47,8 @@ def check_early(order: Order) -> tuple[Target, ...]:
         raise UserError("--engine-weights is for engines; leave it out with --backend onnxruntime")
     for word in (*order.shapes, *filter(None, [order.vae_tile])):
         engine_profiles.ends(word)
+    if order.vae_stream is not None:
+        engine_profiles.check_stream(order.vae_stream)
     return ()
 
 
@@ -58,11 +59,18 @@ def check(folder: Path, order: Order) -> Checked:
     """
     opened = bundle.open_bundle(folder)
     manifest = opened.manifest
-    known = order.stages or tuple(stage for stage in manifest.stages if stage != SAMPLER_STEP)
+    known = engine_stages.beside(opened, order)
+    engine_stages.check_vae(known, order)
     branches = order.branches or engine_profiles.usual_branches(manifest)
     text = engine_profiles.text_tokens(manifest)
     buckets = Buckets(
-        order.shapes, branches, text, order.conditioning, order.vae_tile, order.passes
+        order.shapes,
+        branches,
+        text,
+        conditioning=order.conditioning,
+        vae_tile=order.vae_tile,
+        vae_stream=order.vae_stream,
+        passes=order.passes,
     )
     entries = {}
     for stage in known:

@@ -1,6 +1,6 @@
 """What a model will take on a GPU, known before anything is converted, built or loaded.
 
-    stage_plan.choose(sources, wanted) -> which stages, and why not the others
+    stage_plan.choose(sources, wanted, question) -> which stages, and why not the others
     stage_plan.parts(sources, question, stages) -> the graph and the weights' entries of each
     make(question, parts) -> Plan: what each stage costs, and a yes or no for each GPU
     plan_report.show(plan, console), plan_report.document(plan)
@@ -15,10 +15,12 @@ takes longer.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from types import MappingProxyType
 
 from ltx_engines import targets
-from ltx_engines.shapes import ENLARGES, VideoShape
+from ltx_engines.shapes import ENLARGES, TIME, VideoShape
+from ltx_engines.stages import STREAM
 from ltx_export.fitting import Verdict, verdict
 from ltx_export.plan_question import Question, largest
 from ltx_export.stage_plan import Part, StagePlan, Workshop, stage_plan
@@ -44,10 +46,16 @@ class Plan:
     def run_seconds(self, verdict: Verdict) -> float | None:
         """A whole clip: the prompt once, every step, the decoder; None where it cannot be built."""
         steps = self.question.steps + self.question.first_steps / ENLARGES**2  # by their tokens
-        calls = {"text_encoder": 1, "transformer": steps, "vae_decoder": 1}
-        calls |= {"latent_upsampler": 1} if self.question.first_steps else {}
         known = verdict.seconds
+        decoder = {"vae_decoder": 1} if "vae_decoder" in known else {STREAM: self.pieces}
+        calls = {"text_encoder": 1, "transformer": steps, **decoder}
+        calls |= {"latent_upsampler": 1} if self.question.first_steps else {}
         return sum(known.get(name, 0.0) * n for name, n in calls.items()) if known else None
+
+    @property
+    def pieces(self) -> int:
+        """In which a decoder that goes on is given a clip, but for the frames that it is late."""
+        return ceil(self.shape.latent[0] * TIME / (self.question.vae_stream or TIME))
 
     @property
     def exit_code(self) -> int:

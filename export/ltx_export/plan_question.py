@@ -13,6 +13,7 @@ from ltx_engines.errors import UserError, nearest
 from ltx_engines.shapes import VideoShape, parse
 from ltx_engines.targets import PRECISIONS, Precision
 from ltx_export import pass_shapes
+from ltx_export.engine_profiles import check_stream
 from ltx_ref.checkpoint import TensorInfo
 from ltx_ref.ltx_video.config import ModelConfig
 from ltx_ref.quantization import CALIBRATED, Format, Layer
@@ -49,7 +50,8 @@ class Question:
     other stages', see `rest`. `branches` are the transformer's passes of one step: the prompt's,
     and one each for CFG and STG. `conditioning` plans for given images, so many of them after
     frame 0: a timestep for each token, and the tokens of these images. `first_steps` are those of a
-    pass before, at half the sides, with a latent upsampler between the two.
+    pass before, at half the sides, with a latent upsampler between the two. `vae_stream` frames are
+    what a decoder is given at a time that goes on where it was.
     """
 
     shapes: tuple[str, ...] = ("1216x704x121",)
@@ -61,6 +63,7 @@ class Question:
     text_tokens: int = MAX_LENGTH
     conditioning: int | None = None
     first_steps: int = 0
+    vae_stream: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "branches", "text_tokens"):
@@ -69,6 +72,8 @@ class Question:
                 raise UserError(f"{name.replace('_', ' ')} must be at least 1, not {value}")
         if self.branches > MOST_BRANCHES:
             raise UserError(f"branches must be at most {MOST_BRANCHES}, not {self.branches}")
+        if self.vae_stream is not None:
+            check_stream(self.vae_stream)
 
     @property
     def rest(self) -> Precision:

@@ -230,7 +230,8 @@ def _check_checkpoint(header: Header, stages: Sequence[str], graphs: Graphs) -> 
                 f"with {PREFIXES[stage]}; choose other stages with --stages"
             )
         wanted |= graphs.weights(stage)
-    others = tuple(prefix for stage, prefix in PREFIXES.items() if stage not in stages)
+    ours = {PREFIXES[stage] for stage in stages}
+    others = tuple(prefix for prefix in PREFIXES.values() if prefix not in ours)
     convert.check_read(header, "cannot be exported")
     found = quantization.shapes(header)
     shapes = {name: s for name, s in found.items() if not name.startswith(others)}

@@ -9,8 +9,8 @@ from types import MappingProxyType
 import onnx_ir as ir
 
 from ltx_engines.errors import UserError
-from ltx_engines.shapes import ENLARGES, VideoShape
-from ltx_engines.stages import OPTIONAL, STAGES
+from ltx_engines.shapes import ENLARGES, TIME, VideoShape
+from ltx_engines.stages import OPTIONAL, STAGES, STREAM
 from ltx_engines.targets import Precision
 from ltx_export.axes import DERIVED, Derived
 from ltx_export.concrete_shapes import Array
@@ -99,12 +99,32 @@ class Choice:
     left_out: Mapping[str, str]
 
 
-def choose(found: Sources, wanted: Iterable[str] | None) -> Choice:
+def choose(found: Sources, wanted: Iterable[str] | None, question: Question) -> Choice:
     """The stages that were asked for; for None all that have their weights in a file.
 
     Raises:
-        UserError: no stage has.
+        UserError: no stage has, or of two decoders the other one is asked for.
     """
+    choice = _choose(found, wanted)
+    if question.vae_stream is None:
+        if STREAM in choice.stages:
+            raise UserError(f"{STREAM} takes so many frames at a time: give --vae-stream 16")
+        return choice
+    if not {DECODER, STREAM} & set(choice.stages):
+        raise UserError(
+            "--vae-stream is for the VAE's decoder, which is not among the stages; leave it out"
+        )
+    if wanted is None:  # as build-engine has it
+        stages = tuple(STREAM if stage == DECODER else stage for stage in choice.stages)
+    else:
+        stages = tuple(dict.fromkeys((*choice.stages, STREAM)))
+    return Choice(stages, choice.left_out)
+
+
+DECODER = "vae_decoder"
+
+
+def _choose(found: Sources, wanted: Iterable[str] | None) -> Choice:
     absent = _absent(found)
     known = STAGES if found.upsampler is None else (*STAGES, *OPTIONAL)
     stages = tuple(s for s in known if s not in absent) if wanted is None else tuple(wanted)
@@ -177,6 +197,8 @@ class Workshop:
         frames, rows, columns = grid
         if stage == "latent_upsampler" and self.question.first_steps:  # it reads the pass before
             rows, columns = rows // ENLARGES, columns // ENLARGES
+        if stage == STREAM:
+            frames = (self.question.vae_stream or TIME) // TIME
         branches = self.question.branches
         batch = {"transformer": branches, "text_encoder": min(branches, 2)}
         axes = {

@@ -181,6 +181,19 @@ def test_what_is_read_twice_is_kept_until_the_second_reader() -> None:
     assert found.activations == 3 * 6 * 4 * 4
 
 
+def test_what_is_given_out_on_the_way_keeps_nothing_in_memory_until_the_end() -> None:
+    """A piece of a and of b leaves where they are read, not when all is done."""
+    text = """
+    kept (float[n, 4] x) => (float[n, 4] y, float[2, 4] first, float[2, 4] second) {
+        a = MatMul(x, w)  b = MatMul(a, w)  c = MatMul(b, w)  y = MatMul(c, w)
+        rows = Constant<value = int64[2] {0, 1}>()
+        first = Gather<axis = 0>(a, rows)  second = Gather<axis = 0>(b, rows)
+    }
+    """
+    found = counted(text, {"n": 6}, w=(4, 4))
+    assert found.activations == 2 * 6 * 4 * 4
+
+
 def test_branches_run_side_by_side() -> None:
     """Both long branches are under way at once, however the file orders their nodes."""
     first = "a = MatMul(x, w)  b = MatMul(a, w)"

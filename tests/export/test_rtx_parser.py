@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ltx_engines.bundle import Bundle, open_bundle
-from ltx_engines.stages import OPTIONAL, STAGES
+from ltx_engines.stages import OPTIONAL, STAGES, STREAM
 from ltx_export import cli
 from tests.export.rtx import parse, parse_with
 
@@ -35,7 +35,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export(made("13b", folder / "13b.safetensors"), folder / "bundle", *files)
 
 
-@pytest.mark.parametrize("stage", [*STAGES, *OPTIONAL])
+@pytest.mark.parametrize("stage", [*STAGES, STREAM, *OPTIONAL])
 def test_every_stage_of_a_released_model_is_parsed_from_its_file(
     released: Bundle, stage: str
 ) -> None:

@@ -17,12 +17,14 @@ from ltx_engines.bundle import open_bundle
 from ltx_engines.defaults import Pass
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
+from ltx_engines.stages import STREAM
 from ltx_engines.triton_model import INPUTS, OUTPUTS
 from ltx_engines.triton_settings import Settings
 from ltx_export import cli
 from ltx_export.triton import repository
 from ltx_trt.cli import SHIPPED
-from tests.runtime import engine_bundles, upsampling
+from tests.runtime import engine_bundles, streams, upsampling
+from tests.runtime.conftest import MODEL
 from tests.runtime.engine_bundles import Engines
 
 STAGES = ("text_encoder", "transformer", "vae_decoder")
@@ -206,3 +208,42 @@ def test_a_parameter_that_is_not_ours_is_refused(words: dict[str, str], said: st
     with pytest.raises(UserError) as caught:
         triton_settings.read(words)
     assert said in str(caught.value)
+
+
+def streamed(folder: Path, *stages: str) -> Path:
+    """Engines of RTX, of these stages, in a bundle whose decoder has a graph that goes on."""
+    shutil.copytree(SHIPPED, folder)
+    streams.add(folder)
+    manifest = bundles.read(folder)
+    noises = {"noise_blocks": MODEL.noise_blocks}  # as the graph made by hand has them
+    model = manifest.model.model_copy(update=noises)
+    bundles.update(folder, manifest.model_copy(update={"model": model}))
+    engine_bundles.add(folder, Engines((VideoShape(25, 128, 128),), stages))
+    return folder
+
+
+def test_a_graph_of_a_decoder_that_goes_on_is_no_model(tmp_path: Path) -> None:
+    folder = streamed(tmp_path / "bundle")
+    repo = write(tmp_path / "repo", folder, layout="stages")
+    models = {entry.name for entry in repo.iterdir() if entry.is_dir()}
+    assert models == {"ltx_video", *STAGES}
+    plain = write(tmp_path / "plain", layout="stages")
+    for model in models:
+        assert config(repo, model) == config(plain, model)
+
+
+def test_a_decoder_that_keeps_a_clip_is_no_model_of_its_own(tmp_path: Path) -> None:
+    folder = streamed(tmp_path / "bundle", "text_encoder", "transformer", STREAM)
+    said = rf"of the decoder there is only {STREAM}; choose --layout single, or build the other"
+    with pytest.raises(UserError, match=said) as told:
+        write(tmp_path / "repo", folder, layout="stages")
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "repo").exists()
+    repo = write(tmp_path / "repo", folder)
+    assert [entry.name for entry in repo.iterdir() if entry.is_dir()] == ["ltx_video"]
+
+
+def test_of_two_decoders_the_one_for_whole_clips_is_the_model(tmp_path: Path) -> None:
+    folder = streamed(tmp_path / "bundle", *STAGES, STREAM)
+    repo = write(tmp_path / "repo", folder, layout="stages")
+    assert {entry.name for entry in repo.iterdir() if entry.is_dir()} == {"ltx_video", *STAGES}

@@ -79,7 +79,7 @@ def manifest(**changes: Any) -> Manifest:
                 weights=("by-hand.safetensors",) if name == "transformer" else (),
             )
             for name, stage in stages.ltx_video(SIZES).items()
-            if name != "vae_encoder"
+            if name not in ("vae_encoder", stages.STREAM)
         },
         "checkpoint": "by-hand.safetensors",
         "tokenizer": TokenizerEntry(

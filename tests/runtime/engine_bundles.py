@@ -172,5 +172,10 @@ def _sizes(manifest: Manifest, clip: VideoShape, branches: int) -> dict[str, Ran
     for noise in manifest.model.noise_blocks:
         number = noise.name.rpartition("_")[2]
         fixed |= {f"height_{number}": height * noise.scale, f"width_{number}": width * noise.scale}
+    for scale in (2, 4, 8):
+        fixed |= {
+            f"latent_height_x{scale}": height * scale,
+            f"latent_width_x{scale}": width * scale,
+        }
     ranges = {name: (size, size, size) for name, size in fixed.items()}
     return {**ranges, "batch": (1, branches, branches)}

@@ -21,6 +21,7 @@ from uuid import uuid4
 
 from ltx_engines.bundle import MANIFEST, Bundle, open_bundle
 from ltx_engines.errors import UserError
+from ltx_engines.stages import STREAM
 from ltx_engines.triton_model import VIDEO, served
 from ltx_engines.triton_plans import plans
 from ltx_engines.triton_settings import Settings
@@ -34,6 +35,8 @@ BUNDLE = f"{VIDEO}/1/bundle"
 
 INVENTORY = "repository.json"
 """What makes a folder a repository of ours."""
+
+DECODER = "vae_decoder"
 
 VIDEO_PY = "from ltx_trt.triton.video_model import TritonPythonModel as TritonPythonModel\n"
 STAGE_PY = "from ltx_trt.triton.stage_model import TritonPythonModel as TritonPythonModel\n"
@@ -59,11 +62,27 @@ def write(bundle: Path, out: Path, order: Order) -> tuple[str, ...]:
     found = open_bundle(bundle)
     for stage in served(found.manifest):
         found.stage(stage)
+    if order.settings.layout == "stages":
+        _check_decoder(found)
     with _replacing(out, overwrite=order.overwrite) as folder:
         _link_bundle(found, folder / BUNDLE)
         models = tuple(_models(found, folder, order))
         _seal(found, folder, order, models)
     return models
+
+
+def _check_decoder(bundle: Bundle) -> None:
+    """
+    Raises:
+        UserError: the only engine of the decoder is one that keeps a clip from call to call.
+    """
+    built = {engine.key.stage for engine in bundle.manifest.engines}
+    if STREAM in built and DECODER not in built:
+        raise UserError(
+            f"--layout stages has models that keep nothing from call to call, and of the decoder "
+            f"there is only {STREAM}; choose --layout single, or build the other too: ltx-export "
+            f"build-engine {bundle.path} --stages {DECODER} --gpu GPU"
+        )
 
 
 def _models(bundle: Bundle, folder: Path, order: Order) -> Iterator[str]:

@@ -29,6 +29,19 @@ def clips(chain: Chain) -> Iterator[VideoShape]:
             yield VideoShape(TIME * (frames - 1) + 1, SPACE * rows, SPACE * columns)
 
 
+def endless(stream: Chain, transformer: Chain) -> Iterator[VideoShape]:
+    """Of a decoder that takes clips of any length: the longest of each size that the transformer's
+    engines were built for."""
+    known = transformer[0].key.profiles if transformer else ()
+    tokens = [one["tokens"][2] for one in known if one["timesteps"][2] == 1]
+    for profile in stream[0].key.profiles:
+        frames, rows, columns = (profile[axis][2] for axis in GRID)
+        lengths = [t // (rows * columns) for t in tokens if t % (rows * columns) == 0]
+        if lengths or not known:
+            longest = max(lengths, default=frames)
+            yield VideoShape(TIME * (longest - 1) + 1, SPACE * rows, SPACE * columns)
+
+
 def word(clip: VideoShape) -> str:
     """As `--shape` has it."""
     return f"{clip.width}x{clip.height}x{clip.frames}"

@@ -1,6 +1,6 @@
 """The stages of one bundle while clips are made of it: opened when needed, closed after or kept."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -11,7 +11,7 @@ from ltx_engines.byte_sizes import said
 from ltx_engines.engine_entry import Chain
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
-from ltx_engines.stages import SAMPLER_STEP
+from ltx_engines.stages import SAMPLER_STEP, STREAM
 from ltx_trt.backend import Choice, Memory, TextEncoderDevice
 from ltx_trt.passes import UPSAMPLER
 from ltx_trt.pipeline import Planned
@@ -28,8 +28,11 @@ from ltx_trt.session.needs import of_loop
 from ltx_trt.session.opening import Opening, needed
 from ltx_trt.session.residency import Need, Residency
 from ltx_trt.session.runner import Runner
+from ltx_trt.session.stream_session import StreamSession
 from ltx_trt.session.tensorrt_session import TensorRTSession
+from ltx_trt.session.vae_streams import DecoderSession
 from ltx_trt.session.vae_tiles import EngineTiles, TileSession
+from ltx_trt.tiles import Cut, Grid, Streamed
 
 TRANSFORMER, DECODER = "transformer", "vae_decoder"
 USED = (TEXT_ENCODER, TRANSFORMER, DECODER)
@@ -37,6 +40,11 @@ USED = (TEXT_ENCODER, TRANSFORMER, DECODER)
 
 SOMETIMES = ("vae_encoder", UPSAMPLER)
 """Those of clips that are given images, and of those in two passes."""
+
+
+def computed(stage: str, chains: Mapping[str, Chain]) -> bool:
+    """Whether engines compute it: of two decoders one is enough."""
+    return stage in chains or (stage == DECODER and STREAM in chains)
 
 
 class Stages(Protocol):
@@ -94,21 +102,17 @@ class EngineStages:
         self._opening = Opening(bundle, device, self._lora)
         self._plan: dict[str, Residency] = {}
         self._kept, self._keeps, self._loop = Kept(), False, 0
-        self._used = frozenset(USED)
+        self._used = frozenset(USED) - {DECODER}
         with told("the GPU's memory"):
             self._budget = residency.budget(choice.device_memory, device.driver.memory()[0])
         self._graphs = Graphs(bundle, choice, self._lora, self._without())
         self.prompts = self._prompts()
-        self._tiles = {
-            stage: EngineTiles(stage, chain[0].key.profiles, bundle.manifest, choice.vae_tile)
-            for stage, chain in chains.items()
-            if stage in vae_tiles.VAE
-        }
+        self._tiles = {s: self._engine_tiles(s) for s in vae_tiles.VAE if computed(s, chains)}
 
     def prepare(self, planned: Planned, /) -> tuple[str, ...]:
         wishes = tuple(asked(planned, self.bundle.manifest))
         for wish in wishes:
-            if wish.stage in self._chains:
+            if computed(wish.stage, self._chains):
                 self._check_bucket(planned, self._in_tiles(wish))
         self._make_room(planned)
         grids = [(wish.stage, wish.clip.latent) for wish in wishes]
@@ -117,7 +121,7 @@ class EngineStages:
             *self._missing(planned),
             *self._scarce(),
             *self._policy(),
-            *self._graphs.notes(planned, self._chains),
+            *self._graphs.notes(planned, self._on_engines()),
             *vae_tiles.notes(grids, self._tiles),
             *notes,
             *self._check_loras(),
@@ -129,9 +133,9 @@ class EngineStages:
         return self._opened(stage)
 
     def _opened(self, stage: str) -> Opened:
-        if stage not in self._chains:
+        if not computed(stage, self._chains):
             return self._graphs(stage)
-        opening = partial(self._open, stage)
+        opening = partial(self._decoder if stage == DECODER else self._open, stage)
         return self._kept.lend(stage, opening) if self._keeps else opening()
 
     def __enter__(self) -> Self:
@@ -152,15 +156,33 @@ class EngineStages:
 
     def clips(self) -> tuple[VideoShape, ...]:
         """The largest of each size that the decoder's engines were built for."""
+        if DECODER not in self._chains and STREAM in self._chains:
+            transformer = self._chains.get(TRANSFORMER, ())
+            return tuple(buckets.endless(self._chains[STREAM], transformer))
         return tuple(buckets.clips(self._chains.get(DECODER, ())))
 
     def alone(self, stage: str) -> Session:
-        """A stage that is used without the others, for any clip that its engines take."""
-        if stage not in self._chains:
+        """A stage that is used without the others, for any clip that its engines take whole."""
+        if not computed(stage, self._chains):
             return self._graphs.alone(stage)
-        chain = self._chains[stage]
+        chain = self._chain(stage)
         (row,) = residency.plan([needed(self.bundle.manifest, chain)], self._budget)
         return self._tiled(stage, self._session(stage, self._runner(stage, row)))
+
+    def _decoder(self, stage: str) -> Session:
+        """One that is opened when it is known for what clip, if there are two to choose from."""
+        if STREAM not in self._chains:
+            return self._open(stage)
+        stages = stage, self.bundle.stage(STREAM)
+        return DecoderSession(stages, self._open, self._tiles[stage])
+
+    def _chain(self, stage: str) -> Chain:
+        if stage not in self._chains:  # whoever asks for it has no clip that says which decoder
+            raise UserError(
+                f"{stage} has no engine, only {STREAM} has; build it: ltx-export build-engine "
+                f"--stages {stage}"
+            )
+        return self._chains[stage]
 
     def _open(self, stage: str) -> Session:
         if stage not in self._plan:
@@ -180,10 +202,25 @@ class EngineStages:
 
     def _runner(self, stage: str, row: Residency) -> Runner:
         with told(f"stage {stage}"):
-            return self._opening.runner(self._chains[stage], row)
+            return self._opening.runner(self._chain(stage), row)
 
     def _session(self, stage: str, runner: Runner) -> TensorRTSession:
-        return TensorRTSession(stage, self.bundle.stage(stage), self._device, runner)
+        kind = StreamSession if stage == STREAM else TensorRTSession
+        return kind(stage, self.bundle.stage(stage), self._device, runner)
+
+    def _engine_tiles(self, stage: str) -> EngineTiles:
+        whole, stream = self._chains.get(stage), self._chains.get(STREAM)
+        return EngineTiles(
+            stage,
+            whole[0].key.profiles if whole else (),
+            self.bundle.manifest,
+            self._choice.vae_tile,
+            stream[0].key.profiles if stream and stage == DECODER else (),
+        )
+
+    def _on_engines(self) -> frozenset[str]:
+        """The stages of clips that engines compute."""
+        return frozenset(s for s in (*self._chains, DECODER) if computed(s, self._chains))
 
     def _tiled(self, stage: str, session: Session) -> Session:
         return TileSession(session, self._tiles[stage]) if stage in self._tiles else session
@@ -196,7 +233,7 @@ class EngineStages:
             passes = (one for one in planned.passes if one.loops)
             loops = (of_loop(self.bundle.manifest, transformer, one) for one in passes)
             loop = max((loop, *loops))
-        used = self._used.union(planned.stages)
+        used = self._used.union(self._as_built(planned))
         if self._plan and (loop, used) == (self._loop, self._used):
             return
         before, self._used = self._plan, used
@@ -265,7 +302,8 @@ class EngineStages:
 
     def _missing(self, planned: Planned) -> tuple[str, ...]:
         wished = {TEXT_ENCODER} if self._choice.text_encoder is TextEncoderDevice.cpu else set()
-        without = [s for s in planned.stages if s not in self._chains and s not in wished]
+        known = self._on_engines() | wished
+        without = [stage for stage in planned.stages if stage not in known]
         notes = [f"{stage} has no engine and runs on ONNX Runtime" for stage in without]
         looped = any(one.loops for one in planned.passes)
         if looped and TRANSFORMER in self._chains and SAMPLER_STEP not in self._chains:
@@ -277,16 +315,32 @@ class EngineStages:
     def _without(self) -> list[str]:
         """Those of the bundle that ONNX Runtime may have to compute."""
         there = [stage for stage in (*USED, *SOMETIMES) if stage in self.bundle.manifest.stages]
-        return [stage for stage in there if stage not in self._chains]
+        return [stage for stage in there if not computed(stage, self._chains)]
 
     def _in_tiles(self, wish: Asked) -> Asked:
-        """What the stage's engines are given at once."""
+        """What the stage's engines are given at once, or those of the decoder that goes on."""
         choose = self._tiles.get(wish.stage)
-        tile = None if choose is None else choose(wish.clip.latent)
-        if tile is None:
+        cut = None if choose is None else choose(wish.clip.latent)
+        if cut is None:
             return wish
-        clip = vae_tiles.shape(tile)
-        return Asked(wish.stage, clip, {**sizes.of_clip(clip, self.bundle.manifest), "batch": 1})
+        if isinstance(cut, Streamed):
+            _, rows, columns = wish.clip.latent
+            return self._given(STREAM, (cut.frames, rows, columns))
+        return self._given(wish.stage, cut)
+
+    def _given(self, stage: str, grid: Grid) -> Asked:
+        clip = vae_tiles.shape(grid)
+        return Asked(stage, clip, {**sizes.of_clip(clip, self.bundle.manifest), "batch": 1})
+
+    def _as_built(self, planned: Planned) -> Iterator[str]:
+        """The stages of a clip, with the decoder that it takes."""
+        for stage in planned.stages:
+            streams = stage == DECODER and isinstance(self._cut(planned), Streamed)
+            yield STREAM if streams else stage
+
+    def _cut(self, planned: Planned) -> Cut:
+        choose = self._tiles.get(DECODER)
+        return None if choose is None else choose(planned.shape.latent)
 
     def _check_bucket(self, planned: Planned, wish: Asked) -> None:
         profiles = self._chains[wish.stage][0].key.profiles

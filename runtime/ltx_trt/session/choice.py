@@ -16,11 +16,11 @@ from ltx_engines.cache_key import targets
 from ltx_engines.engine_entry import Chain, EngineEntry
 from ltx_engines.errors import UserError
 from ltx_engines.libraries import COMMANDS
-from ltx_engines.stages import SAMPLER_STEP
+from ltx_engines.stages import SAMPLER_STEP, STREAM
 from ltx_engines.targets import Flavour
 from ltx_trt.backend import Backend, Choice, TextEncoderDevice
 from ltx_trt.session import onnxruntime_session, tensorrt_adapter
-from ltx_trt.session.bundle_stages import SOMETIMES, USED, EngineStages, Stages
+from ltx_trt.session.bundle_stages import SOMETIMES, USED, EngineStages, Stages, computed
 from ltx_trt.session.device import Device
 from ltx_trt.session.driver import DeviceError
 from ltx_trt.session.engine_api import EngineError
@@ -53,7 +53,7 @@ def open_stages(folder: Path, choice: Choice, *, open_device: OpenDevice | None 
         return OnnxRuntimeStages(open_bundle(folder), choice)
     found = _first(_Built(folder, manifest, aside), flavours, open_device or Device.open)
     try:
-        if choice.threads is not None and all(stage in found.chains for stage in USED):
+        if choice.threads is not None and all(computed(stage, found.chains) for stage in USED):
             raise UserError(
                 f"every stage of {folder} runs on the GPU; leave out --threads, which are of the "
                 f"CPU{_otherwise(manifest)}"
@@ -182,7 +182,7 @@ def _chains(built: _Built, device: Device) -> dict[str, Chain]:
         here = f"this GPU is SM{capability} ({device.driver.name})"
         raise _MisfitError(f"{said}, {here}", again)
     chains = {}
-    for stage in (*USED, *SOMETIMES, SAMPLER_STEP):
+    for stage in (*USED, *SOMETIMES, STREAM, SAMPLER_STEP):
         if stage not in built.aside and any(engine.key.stage == stage for engine in engines):
             try:
                 chains[stage] = chain = engine_entry.choose(

@@ -13,6 +13,9 @@ from itertools import accumulate
 
 from ltx_engines.byte_sizes import said
 from ltx_engines.errors import UserError
+from ltx_engines.stages import STREAM
+
+DECODER = "vae_decoder"
 
 ALLOWANCE = 20
 """One part in so many. A choice, not a measurement."""
@@ -178,7 +181,11 @@ def _advice(need: Need, room: int) -> str:
         return "compute it on the CPU: --text-encoder-device cpu"
     smaller = "make the clip smaller or shorter"
     if need.stage.startswith("vae_"):
-        return "build it for smaller tiles (ltx-export build-engine --vae-tile WxHxF)"
+        fewer = "to go on a few frames at a time (ltx-export build-engine --vae-stream FRAMES)"
+        tiles = "build it for smaller tiles (ltx-export build-engine --vae-tile WxHxF)"
+        if need.stage == STREAM:
+            return f"build it {fewer}, fewer than now, or make the clip smaller"
+        return f"{tiles}, or {fewer}" if need.stage == DECODER else tiles
     if room <= 0:
         return smaller
     if len(need.weights) > 1:

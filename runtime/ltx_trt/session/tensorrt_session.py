@@ -1,5 +1,6 @@
 """A stage on TensorRT or TensorRT-RTX, as every session: arrays go in, arrays come out."""
 
+from collections.abc import Mapping
 from math import prod
 from types import TracebackType
 from typing import Self
@@ -10,7 +11,7 @@ from ltx_engines.bundle import StageEntry
 from ltx_trt.session import Array, Feeds, check_feeds, sizes
 from ltx_trt.session.closing import close_all, told
 from ltx_trt.session.device import Device
-from ltx_trt.session.driver import Bytes
+from ltx_trt.session.driver import Address, Bytes
 from ltx_trt.session.element_types import narrowed, stored, widened
 from ltx_trt.session.engine_api import Shape
 from ltx_trt.session.memory import Buffers
@@ -28,11 +29,10 @@ class TensorRTSession:
         self._staging: dict[str, Bytes] = {}
 
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
-        if self._runner is None:
-            raise ValueError(f"the session of stage {self._stage} is closed")
+        runner = self._open()
         check_feeds(self._stage, self._entry, feeds)
         with told(f"stage {self._stage}"):
-            return self._run(self._runner, feeds)
+            return self._run(runner, feeds)
 
     def __enter__(self) -> Self:
         return self
@@ -62,25 +62,43 @@ class TensorRTSession:
             close_all(steps, error)
 
     def _run(self, runner: Runner, feeds: Feeds) -> dict[str, Array]:
-        driver, stream, tensors = self._device.driver, self._device.stream, runner.tensors
         shapes: dict[str, Shape] = {name: feed.shape for name, feed in feeds.items()}
         made = sizes.outputs(self._entry, shapes)
-        whole = {**shapes, **made}
-        addresses = {
-            name: self._buffers.get(name, prod(shape) * stored(tensors[name].dtype).itemsize)
-            for name, shape in whole.items()
-        }
+        addresses = self._addresses(runner, {**shapes, **made})
         runner.bind(shapes, addresses)
         for name, feed in feeds.items():
-            staged = self._staged(name, feed.shape, tensors[name].dtype)
-            np.copyto(staged, narrowed(feed, tensors[name].dtype))
-            driver.upload(addresses[name], staged, stream)
-        runner.enqueue(stream)
-        results = {name: self._staged(name, made[name], tensors[name].dtype) for name in made}
+            self._upload(runner, name, feed, addresses[name])
+        runner.enqueue(self._device.stream)
+        return self._downloaded(runner, made, addresses)
+
+    def _open(self) -> Runner:
+        if self._runner is None:
+            raise ValueError(f"the session of stage {self._stage} is closed")
+        return self._runner
+
+    def _addresses(self, runner: Runner, shapes: Mapping[str, Shape]) -> dict[str, Address]:
+        tensors = runner.tensors
+        return {
+            name: self._buffers.get(name, prod(shape) * stored(tensors[name].dtype).itemsize)
+            for name, shape in shapes.items()
+        }
+
+    def _upload(self, runner: Runner, name: str, feed: Array, address: Address) -> None:
+        dtype = runner.tensors[name].dtype
+        staged = self._staged(name, feed.shape, dtype)
+        np.copyto(staged, narrowed(feed, dtype))
+        self._device.driver.upload(address, staged, self._device.stream)
+
+    def _downloaded(
+        self, runner: Runner, shapes: Mapping[str, Shape], addresses: Mapping[str, Address]
+    ) -> dict[str, Array]:
+        """When all that was enqueued is done."""
+        dtypes = {name: runner.tensors[name].dtype for name in shapes}
+        results = {name: self._staged(name, shape, dtypes[name]) for name, shape in shapes.items()}
         for name, staged in results.items():
-            driver.download(staged, addresses[name], stream)
-        driver.synchronize(stream)
-        return {name: _taken(staged, tensors[name].dtype) for name, staged in results.items()}
+            self._device.driver.download(staged, addresses[name], self._device.stream)
+        self._device.driver.synchronize(self._device.stream)
+        return {name: _taken(staged, dtypes[name]) for name, staged in results.items()}
 
     def _staged(self, name: str, shape: Shape, dtype: str) -> Array:
         """Pinned memory as an array; of one name only one at a time."""

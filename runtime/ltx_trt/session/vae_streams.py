@@ -35,6 +35,11 @@ class DecoderSession:
         self._session(STREAM if isinstance(cut, Streamed) else self._stage)
         return cut
 
+    def open(self) -> None:
+        """The one for whole clips, before anybody has one: if it cannot be opened, that is heard of
+        now."""
+        self._session(self._stage)
+
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
         return self._session(self._stage)(feeds)
 

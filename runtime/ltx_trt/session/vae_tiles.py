@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 from ltx_engines import host
 from ltx_engines.bundle import Bundle, Manifest, StageEntry
@@ -88,30 +88,72 @@ class TileSession:
 
 @dataclass(frozen=True, slots=True)
 class EngineTiles:
-    """Such as one of the profiles takes."""
+    """Such as one of the profiles takes. `streams` are those of a decoder that goes on: if it is
+    the only one, `profiles` has none."""
 
     stage: str
     profiles: Sequence[Profile]
     manifest: Manifest
     wish: Wish
+    streams: Sequence[Profile] = ()
 
     def __call__(self, grid: Grid) -> Cut:
         """
         Raises:
-            UserError: tiles were wished that no engine takes.
+            UserError: what was wished no engine takes, or none takes the clip in any way.
         """
         if isinstance(self.wish, VideoShape):
             return self._checked(_wished(self.wish, grid))
-        if self.wish is VaeTile.off or not self.lacks(grid):
+        if self.wish is VaeTile.off:
+            self._check_whole()
             return None
+        if self.wish is VaeTile.stream and self.stage == DECODER:
+            return self._streamed(grid) or self._refuse_stream(grid)
+        if self.profiles and not self.lacks(grid):
+            return None
+        if (stream := self._streamed(grid)) is not None:
+            return stream
+        if not self.profiles:
+            self._refuse_stream(grid)
         return tiles.choose(grid, self._largest(grid), lambda tile: not self.lacks(tile))
 
     def lacks(self, tile: Grid) -> str:
         """What the nearest profile takes instead; nothing if it is taken."""
-        clip = {**sizes.of_clip(shape(tile), self.manifest), "batch": 1}
-        return buckets.refusal(self.profiles, clip)
+        return buckets.refusal(self.profiles, self._sizes(tile))
+
+    def _sizes(self, grid: Grid) -> dict[str, int]:
+        return {**sizes.of_clip(shape(grid), self.manifest), "batch": 1}
+
+    def _check_whole(self) -> None:
+        if not self.profiles:
+            raise UserError(
+                f"no engine of {self.stage} is here, only one of {STREAM}, which takes whole rows "
+                f"and columns a few frames at a time; leave out --vae-tile, or build it: "
+                f"ltx-export build-engine --stages {self.stage}"
+            )
+
+    def _streamed(self, grid: Grid) -> Streamed | None:
+        """With the most frames at a time of those profiles that take these rows and columns."""
+        pieces = (profile["latent_frames"][2] for profile in self.streams)
+        fit = [n for n in pieces if not buckets.refusal(self.streams, self._sizes((n, *grid[1:])))]
+        return Streamed(max(fit)) if fit else None
+
+    def _refuse_stream(self, grid: Grid) -> NoReturn:
+        one = shape(grid)
+        build = f"ltx-export build-engine --vae-stream 16 --shape {one.width}x{one.height}x9"
+        if not self.streams:
+            raise UserError(
+                f"--vae-tile stream: {STREAM} has no engine here; leave the option out, or build "
+                f"it: {build}"
+            )
+        lacks = buckets.refusal(self.streams, dict(zip(sizes.GRID[1:], grid[1:], strict=True)))
+        raise UserError(
+            f"no engine of {STREAM} takes {one.width}x{one.height}: the nearest takes {lacks}; "
+            f"make such a clip, or build it: {build}"
+        )
 
     def _checked(self, tile: Grid | None) -> Grid | None:
+        self._check_whole()
         if tile is not None and (lacks := self.lacks(tile)):
             one = shape(tile)
             raise UserError(
@@ -234,9 +276,11 @@ class HostTiles:
 
 def of_graph(stage: str, bundle: Bundle, choice: Choice) -> Choose:
     """Of what ONNX Runtime computes, which on TensorRT-RTX has profiles too."""
-    made_for = bundle.manifest.onnxruntime.get(stage)
-    if choice.provider is Providers.tensorrt_rtx and made_for is not None and made_for.profiles:
-        return EngineTiles(stage, made_for.profiles, bundle.manifest, choice.vae_tile)
+    made_for = bundle.manifest.onnxruntime
+    profiles = made_for[stage].profiles if stage in made_for else ()
+    streams = made_for[STREAM].profiles if stage == DECODER and STREAM in made_for else ()
+    if choice.provider is Providers.tensorrt_rtx and (profiles or streams):
+        return EngineTiles(stage, profiles, bundle.manifest, choice.vae_tile, streams)
     return HostTiles.of(stage, bundle, choice)
 
 

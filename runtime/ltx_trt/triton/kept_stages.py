@@ -22,6 +22,7 @@ from ltx_trt.request import Request, Wishes, resolve
 from ltx_trt.session import Opened, OpenSession, Session
 from ltx_trt.session.bundle_stages import TRANSFORMER, EngineStages, Stages
 from ltx_trt.session.memory import Watch
+from ltx_trt.session.vae_streams import DecoderSession
 from ltx_trt.triton.batching import Batcher, Limits
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,9 @@ class SharedStages:
         with ExitStack() as held:
             held.enter_context(self._stages)
             for stage in served(self.bundle.manifest):
-                self._open[stage] = held.enter_context(self._stages(stage))
+                self._open[stage] = session = held.enter_context(self._stages(stage))
+                if isinstance(session, DecoderSession):
+                    session.open()
             self._held = held.pop_all()
         entry = self.bundle.stage(TRANSFORMER)
         self._batcher = Batcher(self._open[TRANSFORMER], entry, self._limits, self._heard)

@@ -15,6 +15,7 @@ from ltx_trt.backend import Backend, Choice
 from ltx_trt.session import Array, Session
 from ltx_trt.session.bundle_stages import EngineStages
 from ltx_trt.session.choice import OpenDevice, open_stages
+from ltx_trt.session.vae_streams import DecoderSession
 from ltx_trt.triton import backend_words as words
 from ltx_trt.triton.requests import without_paths
 from ltx_trt.triton.responses import Refused, Status
@@ -34,6 +35,8 @@ def open_stage(
     with open_stages(bundle, choice, open_device=open_device) as stages:
         opened = stages.alone(stage) if isinstance(stages, EngineStages) else stages(stage)
         with opened as session:
+            if isinstance(session, DecoderSession):  # a model knows nothing of the whole clip
+                session.open()
             yield session
 
 
