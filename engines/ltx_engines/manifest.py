@@ -69,7 +69,7 @@ class NoiseBlock(Frozen):
 
 class ModelFacts(Frozen):
     """`stream_delay` is of a decoder that is given a clip a few latent frames at a time: by so many
-    frames it is late (`ltx_ref/ltx_video/vae_stream.py`)."""
+    frames it is late (`ltx_ref/ltx_video/vae_stream_config.py`)."""
 
     latent_channels: Count
     num_layers: Count

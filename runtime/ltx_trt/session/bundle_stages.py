@@ -173,8 +173,7 @@ class EngineStages:
         """One that is opened when it is known for what clip, if there are two to choose from."""
         if STREAM not in self._chains:
             return self._open(stage)
-        stages = stage, self.bundle.stage(STREAM)
-        return DecoderSession(stages, self._open, self._tiles[stage])
+        return DecoderSession(stage, self._open, self._tiles[stage])
 
     def _chain(self, stage: str) -> Chain:
         if stage not in self._chains:  # whoever asks for it has no clip that says which decoder
