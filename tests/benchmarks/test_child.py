@@ -1,6 +1,7 @@
 """A process's cost is its own: not its parent's, and not that of the files it maps."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 import child
+from tests.waiting import HANG
 
 MEGABYTE = 1 << 20
 
@@ -17,12 +19,41 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def cost(code: str) -> dict[str, Any]:
-    """As a benchmark measures it: from a parent that, unlike this one, has imported nothing."""
-    outer = "import json, sys, child; print(json.dumps(child.run(sys.argv[1:])[0].row()))"
-    home = Path(str(child.__file__)).parent
+OUTER = """
+import json, os, sys, child
+from pathlib import Path
+
+least, *command = sys.argv[1:]
+looked = child.anonymous
+
+def look(pid):
+    found = looked(pid)
+    if found >= int(least):
+        Path("seen").touch()
+    return found
+
+child.anonymous = look
+print(json.dumps(child.run(command)[0].row()))
+"""
+UNTIL_SEEN = """
+import pathlib, time
+seen = pathlib.Path("seen")
+seen.unlink(missing_ok=True)
+while not seen.exists(): time.sleep(0.01)
+"""
+
+
+def cost(code: str, folder: Path, least: int = 0) -> dict[str, Any]:
+    """As a benchmark measures it: from a parent that, unlike this one, has imported nothing. What
+    is there UNTIL_SEEN ends when so many bytes were."""
+    home = str(Path(str(child.__file__)).parent)
     result = subprocess.run(
-        [*python(outer), *python(code)], cwd=home, check=True, stdout=subprocess.PIPE
+        [*python(OUTER), str(least), *python(code)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": home},
+        check=True,
+        stdout=subprocess.PIPE,
+        timeout=HANG,
     )
     return dict(json.loads(result.stdout))
 
@@ -32,9 +63,10 @@ def test_what_a_child_writes_to_stdout_comes_back_even_when_it_is_much() -> None
     assert said == "x" * 1_000_000 + "\n"
 
 
-def test_memory_that_a_child_holds_is_seen_although_it_is_given_back() -> None:
-    small = cost("import time; time.sleep(0.1)")
-    large = cost(f"import time; x = b'1' * {200 * MEGABYTE}; time.sleep(0.2); del x")
+def test_memory_that_a_child_holds_is_seen_although_it_is_given_back(tmp_path: Path) -> None:
+    small = cost(UNTIL_SEEN, tmp_path)
+    size = 200 * MEGABYTE
+    large = cost(f"x = b'1' * {size}\n{UNTIL_SEEN}\ndel x", tmp_path, size)
     for kind in ("peak_anon", "peak_rss"):
         assert 190 * MEGABYTE < large[kind] - small[kind] < 210 * MEGABYTE
 
@@ -42,19 +74,22 @@ def test_memory_that_a_child_holds_is_seen_although_it_is_given_back() -> None:
 def test_a_mapped_file_is_resident_and_not_anonymous(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"1" * 100 * MEGABYTE)
-    found = cost(f"""
-import mmap, time
-with open({str(path)!r}, "rb") as file:
-    view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    for page in range(0, len(view), 4096): view[page]
-    time.sleep(0.2)
-""")
+    found = cost(
+        f"""
+import mmap
+file = open({str(path)!r}, "rb")
+view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+for page in range(0, len(view), 4096): view[page]
+{UNTIL_SEEN}
+""",
+        tmp_path,
+    )
     assert found["peak_rss"] > 100 * MEGABYTE
     assert found["peak_anon"] < 50 * MEGABYTE
 
 
-def test_waiting_costs_wall_time_and_no_processor_time() -> None:
-    found = cost("import time; time.sleep(0.5)")
+def test_waiting_costs_wall_time_and_no_processor_time(tmp_path: Path) -> None:
+    found = cost("import time; time.sleep(0.5)", tmp_path)
     assert found["wall_s"] >= 0.5
     assert found["cpu_s"] < 0.4
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from ltx_export.build_job import Job
 from ltx_export.engine_order import Order
 from ltx_ref.quantization import Format
 from tests.export import quantized_files
+from tests.waiting import HANG, until
 
 SHIPPED = Path(__file__).parents[2] / "runtime/ltx_trt/ltx_tiny"
 SHAPE = ("--shape", "64x64x9")
@@ -493,8 +495,7 @@ def test_whoever_stops_between_two_files_leaves_a_bundle_that_opens(
 def killed(command: list[str], folder: Path, seconds: float) -> bool:
     """So long after it began to build, SIGKILL; whether it was still building then."""
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not folder.exists():
-            time.sleep(0.005)
+        until(lambda: process.poll() is not None or folder.exists(), "the beginning")
         time.sleep(seconds)
         process.send_signal(signal.SIGKILL)
     return process.returncode == -signal.SIGKILL and folder.exists()
@@ -505,7 +506,7 @@ def test_after_kills_at_any_moments_of_a_build_the_next_run_completes(copy: Path
     command = [sys.executable, "-m", "ltx_export.cli", "build-engine", str(copy), *USUAL]
     folder = copy.with_name(f".{copy.name}{engine_bundle.BUILDING}")
     seed = time.time_ns()
-    moments = [random.Random(seed + index).uniform(0, 0.8) for index in range(5)]
+    moments = [0.0, *(random.Random(seed + index).uniform(0, 0.8) for index in range(4))]
     hits = []
     for seconds in moments:
         hits.append(killed([*command, "--gpu", "sm120"], folder, seconds))
@@ -520,8 +521,16 @@ def test_after_kills_at_any_moments_of_a_build_the_next_run_completes(copy: Path
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("seconds", [0.0, 1.0])
-def test_a_stopped_command_takes_its_builder_along(copy: Path, seconds: float) -> None:
+def has_loaded(pid: str, library: str) -> bool:
+    """Whether it lives, and has."""
+    with suppress(OSError):
+        return library in Path(f"/proc/{pid}/maps").read_text()
+    return False
+
+
+@pytest.mark.parametrize("library", ["", "libtensorrt_rtx"])
+def test_a_stopped_command_takes_its_builder_along(copy: Path, library: str) -> None:
+    """One that has just begun to be a process, and one that is a builder by now."""
     command = [sys.executable, "-m", "ltx_export.cli", "build-engine", str(copy), *USUAL]
     with subprocess.Popen(
         [*command, "--gpu", "sm120", *("--shape", "96x96x17", "--shape", "128x96x17")],
@@ -529,16 +538,13 @@ def test_a_stopped_command_takes_its_builder_along(copy: Path, seconds: float) -
         text=True,
     ) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        while not (builders := children.read_text().split()):
-            time.sleep(0.01)
-        time.sleep(seconds)
+        until(lambda: any(has_loaded(pid, library) for pid in children.read_text().split()), "it")
+        builders = children.read_text().split()
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=HANG)
     assert process.returncode == 130
     assert said.endswith("ltx-export: interrupted; nothing is half-written\n")
-    deadline = time.monotonic() + 20  # one that is still starting ends when it reads its job
-    while [pid for pid in builders if Path(f"/proc/{pid}").exists()]:
-        assert time.monotonic() < deadline, f"{builders} live on"
-        time.sleep(0.01)
+    # one that is still starting ends when it reads its job
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in builders), f"{builders} gone")
     assert not list(copy.parent.glob(".*"))
     assert len(of_transformer(copy)) == 1

@@ -15,6 +15,7 @@ from ltx_engines.targets import Flavour
 from ltx_export import build, build_job, build_process, card, engine_order
 from ltx_export.build_job import Built, Job
 from ltx_export.card import Card
+from tests.waiting import HANG
 
 JOB = Job(
     graph=Path("transformer.onnx"),
@@ -160,7 +161,7 @@ def test_a_builder_does_not_outlive_who_asked_for_it() -> None:
         assert process.poll() is None
         assert process.stdin is not None
         process.stdin.close()
-        assert process.wait(10) == 1
+        assert process.wait(HANG) == 1
 
 
 @pytest.mark.parametrize("flavour", build.MODULES)
@@ -209,11 +210,11 @@ def anonymous():
 
 before = anonymous()
 threading.Thread(target=build.give_back, daemon=True).start()
-time.sleep(0.2)
-print(before - anonymous())
+while before - anonymous() < 30_000:
+    time.sleep(0.01)
 """
 
 
 def test_what_a_builder_has_freed_goes_back_to_the_system() -> None:
-    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
-    assert int(done.stdout) > 30_000, "kB"
+    """30 of 40 MB at least, at some time."""
+    subprocess.run([sys.executable, "-c", FREED], check=True, timeout=HANG)

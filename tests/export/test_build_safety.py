@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from ltx_export.engine_order import Order
 from ltx_ref.checkpoint import read_header
 from tests.export import quantized_files, stand_in_builder
 from tests.export.stand_in_builder import build
+from tests.waiting import HANG, until
 
 NAME = "tiny.safetensors"
 WEIGHT = "transformer_blocks.0.attn1.to_q.bias"
@@ -130,16 +130,13 @@ def test_of_two_that_build_one_bundle_from_a_checkpoint_one_does(file: Path) -> 
     """They begin at once; whoever is first is in the middle of its work when the other ends."""
     gate = Path("gate")
     both = [start(gate), start(gate)]
-    deadline = time.monotonic() + 60
-    while all(one.poll() is None for one in both):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: any(one.poll() is not None for one in both), "the end of the second")
     (loser,) = (one for one in both if one.poll() is not None)
     (winner,) = (one for one in both if one is not loser)
     assert "both is being built by another process; wait for it" in loser.communicate()[1]
     assert loser.returncode == 2
     gate.touch()
-    said = winner.communicate(timeout=60)[1]
+    said = winner.communicate(timeout=HANG)[1]
     assert winner.returncode == 0, said
     assert {e.key.stage for e in open_bundle(Path("both")).manifest.engines} == {
         "transformer",

@@ -16,6 +16,7 @@ from ltx_engines.targets import Flavour
 from ltx_export import build, card, layer_table, timing_cache
 from ltx_export.build_job import BuildError, Job
 from ltx_export.card import Card
+from tests.waiting import HANG
 
 SHAPES = ((1, 8), (2, 8), (3, 8))
 HOPPER = Card("NVIDIA H100", 90, 1000)
@@ -306,7 +307,7 @@ def test_whoever_saves_waits_for_whoever_saves(tmp_path: Path) -> None:
         saver.join(0.1)
         assert saver.is_alive()
         path.write_bytes(b"b")
-    saver.join(10)
+    saver.join(HANG)
     assert path.read_bytes() == b"ab"
 
 

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from time import sleep
 
 import pytest
 
@@ -15,6 +14,7 @@ from ltx_trt.batch.results import Place
 from ltx_trt.batch_commands import ADDRESS
 from tests.runtime.batches import ltx_trt, rows
 from tests.runtime.fake_ray import Cluster
+from tests.waiting import until
 
 pytest.importorskip("onnxruntime")
 
@@ -142,10 +142,14 @@ def test_a_killed_worker_of_a_real_cluster_makes_nothing_twice(
 
 
 def worker(out: Path) -> int:
-    """The process that is at a clip, within a minute."""
-    for _ in range(6000):
+    """The process that is at a clip."""
+    found: list[int] = []
+
+    def look() -> list[int]:
         for file in out.glob(".*.partial/tries"):
             with suppress(OSError, IndexError):
-                return int(file.read_text().split()[2])
-        sleep(0.01)
-    raise AssertionError("nobody is at a clip")
+                found.append(int(file.read_text().split()[2]))
+        return found
+
+    until(look, "somebody at a clip")
+    return found[0]

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import sleep
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -22,6 +21,7 @@ from ltx_trt.batch.results import Place
 from ltx_trt.batch.workers import Team
 from ltx_trt.job import Voice
 from tests.runtime.batches import batch_of, ltx_trt, many, names, order_of, rows
+from tests.waiting import HANG, until
 
 pytest.importorskip("onnxruntime")
 
@@ -100,23 +100,20 @@ def test_ctrl_c_stops_all_workers_and_leaves_finished_clips_only(
         assert process.stdout is not None
         assert process.stdout.readline()
         os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=HANG)
     assert process.returncode == 130
     assert said.splitlines()[-1] == "ltx-trt: interrupted; nothing is half-written"
     assert "Traceback" not in said
     assert all(results.find(Place(out, path.stem, "mp4")) for path in out.iterdir())
     assert {path.suffix for path in out.iterdir()} == {".mp4", ".json"}
-    assert ended(process.pid)
+    until(lambda: ended(process.pid), "the end of all processes of the group")
 
 
 def ended(group: int) -> bool:
-    """Whether no process of the group is left, after ten seconds at most."""
-    for _ in range(200):
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        sleep(0.05)
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
     return False
 
 

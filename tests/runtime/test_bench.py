@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from time import sleep
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from ltx_trt.backend import Backend, Choice, Memory
 from ltx_trt.bench import Measured, Opened, Order, Timing
 from ltx_trt.request import Request
 from ltx_trt.voice import Voice
+from tests.runtime.memory_looks import Looks
 
 MakeBundle = Callable[..., Path]
 
@@ -60,11 +60,11 @@ def test_nine_in_ten_are_not_faster_than_half_of_them(runs: int) -> None:
 def test_the_memory_of_each_case_is_its_own(
     make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block, real = 96 << 20, bench.once
+    block, real, looks = 96 << 20, bench.once, Looks(monkeypatch)
 
     def once(request: Request, *others: Any) -> dict[str, list[float]]:
         large = np.ones(block if request.width == 64 else 1, np.uint8)
-        sleep(0.05)
+        looks.wait()
         del large
         return real(request, *others)
 

@@ -27,6 +27,7 @@ from tests.runtime.chained_engines import (
     write,
 )
 from tests.runtime.fake_gpu import FakeGpu
+from tests.waiting import HANG
 
 ORDERED = ("enqueue", "record", "synchronize_event", "close_engine", "load")
 
@@ -317,20 +318,20 @@ def test_closing_while_a_part_is_loaded_waits_for_it(bench: Bench) -> None:
     def slow(name: str) -> None:
         if name == "part0":
             at_work.set()
-            assert go_on.wait(10)
+            assert go_on.wait(HANG)
 
     chain = bench.chain(2)
     bench.bind(chain)
     chain.enqueue(bench.stream)
     bench.hold = slow
     chain._fetch(0, 3)  # and Ctrl-C while it is waited for
-    assert at_work.wait(10)
+    assert at_work.wait(HANG)
     closing_one = Thread(target=chain.close)
     closing_one.start()
     closing_one.join(0.05)
     assert closing_one.is_alive()
     go_on.set()
-    closing_one.join(10)
+    closing_one.join(HANG)
     assert not closing_one.is_alive()
     chain.close()
 

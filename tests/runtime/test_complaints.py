@@ -8,6 +8,7 @@ import pytest
 from ltx_trt.session.complaints import Said, reason
 from ltx_trt.session.engine_api import EngineError
 from tests.runtime.recorded_tensorrt import Recorder
+from tests.waiting import HANG
 
 
 def said() -> Said:
@@ -34,14 +35,14 @@ def test_what_the_loader_hears_is_not_blamed_on_another_thread() -> None:
     asked, complained = threading.Event(), threading.Event()
 
     def load() -> bool:
-        asked.wait(10)
+        asked.wait(HANG)
         library.logger.log(1, "no room for the weights")
         complained.set()
         return False
 
     def run() -> bool:
         asked.set()
-        return not complained.wait(10)
+        return not complained.wait(HANG)
 
     with ThreadPoolExecutor(1) as loader:
         loading = loader.submit(library.ask, "the weights", load)

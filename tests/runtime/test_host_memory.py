@@ -4,7 +4,6 @@ import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import sleep
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from ltx_engines.byte_sizes import UNITS
 from ltx_trt import host_memory
 from ltx_trt.host_memory import HostWatch
+from tests.runtime.memory_looks import Looks
 
 BLOCK = 64 * UNITS["MiB"]
 
@@ -28,6 +28,11 @@ def taken(size: int) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
+    return Looks(monkeypatch)
+
+
 def now() -> tuple[int, int]:
     found = host_memory.in_memory()
     assert found is not None
@@ -39,10 +44,10 @@ def own() -> int:
 
 
 @linux
-def test_what_was_taken_and_given_back_is_the_peak() -> None:
+def test_what_was_taken_and_given_back_is_the_peak(looks: Looks) -> None:
     before = own()
     with HostWatch(interval=0.001) as watch, taken(BLOCK):
-        sleep(0.05)
+        looks.wait()
     assert watch.anonymous is not None
     assert before + 0.9 * BLOCK < watch.anonymous
     assert own() < watch.anonymous - 0.9 * BLOCK
@@ -51,7 +56,7 @@ def test_what_was_taken_and_given_back_is_the_peak() -> None:
 @linux
 @pytest.mark.parametrize("counted", [True, False], ids=["counted", "sampled"])
 def test_what_lies_in_a_file_is_resident_and_not_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: Looks, counted: bool
 ) -> None:
     if not counted:
         monkeypatch.setattr(host_memory, "reset_peak", lambda: False)
@@ -60,7 +65,7 @@ def test_what_lies_in_a_file_is_resident_and_not_its_own(
     with HostWatch(interval=0.001) as watch:
         mapped = np.memmap(tmp_path / "weights", np.uint8, "r")
         assert mapped.sum() == BLOCK
-        sleep(0.01)
+        looks.wait()
     assert watch.anonymous is not None
     assert watch.anonymous < anonymous + 0.5 * BLOCK
     assert watch.resident is not None
@@ -70,7 +75,7 @@ def test_what_lies_in_a_file_is_resident_and_not_its_own(
 @linux
 @pytest.mark.parametrize("counted", [True, False], ids=["counted", "sampled"])
 def test_a_second_clip_is_not_said_to_take_what_the_first_one_took(
-    counted: bool, monkeypatch: pytest.MonkeyPatch
+    counted: bool, monkeypatch: pytest.MonkeyPatch, looks: Looks
 ) -> None:
     """Where the system lets nobody set its count back, it is not asked for it."""
     if not counted:
@@ -80,7 +85,7 @@ def test_a_second_clip_is_not_said_to_take_what_the_first_one_took(
     peaks = []
     for size in (BLOCK, 1):
         with HostWatch(interval=0.001) as watch, taken(size):
-            sleep(0.03)
+            looks.wait()
         assert watch.resident is not None
         peaks.append(watch.resident)
     assert peaks[1] < peaks[0] - 0.9 * BLOCK

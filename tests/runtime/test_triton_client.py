@@ -22,7 +22,8 @@ grpc = pytest.importorskip("grpc")
 pytest.importorskip("tritonclient.grpc")
 
 from ltx_trt.triton.client import Call, follow  # noqa: E402
-from tests.runtime.triton_server import done, said, serving, step  # noqa: E402
+from tests.runtime.triton_server import done, refusal, said, serving, step  # noqa: E402
+from tests.waiting import HANG  # noqa: E402
 
 VIDEO = bytes(range(256)) * 20_000
 """More than the four megabytes that gRPC takes when nobody says otherwise."""
@@ -43,7 +44,7 @@ def clip(wishes: dict[str, Any], context: Any) -> Iterator[Any]:
 def test_the_servers_bytes_become_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with serving(clip) as (url, seen):
+    with serving(clip) as (url, _):
         assert client(url, tmp_path / "out.mp4", "--seed", 7, "--json") == 0
     assert (tmp_path / "out.mp4").read_bytes() == VIDEO
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
@@ -52,7 +53,14 @@ def test_the_servers_bytes_become_the_file(
     assert (report["seed"], report["output"]) == (7, str(tmp_path / "out.mp4"))
     assert "write" in report["seconds"]
     assert err == "ltx-trt: a note of the server\n"
-    assert seen.headers["triton_grpc_error"] == "true"
+
+
+def test_a_refusal_with_a_status_of_its_own_ended_the_whole_server() -> None:
+    """Now and then, on 24.10: the header that asks for one is not sent."""
+    with serving(clip) as (url, seen):
+        list(follow(Call(url, {"prompt": "x", "seed": 7})))
+    assert "user-agent" in seen.headers
+    assert "triton_grpc_error" not in seen.headers
 
 
 def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(
@@ -110,7 +118,7 @@ def test_answers_come_one_by_one_in_order() -> None:
 
     def slow(wishes: dict[str, Any], context: Any) -> Iterator[Any]:
         yield step(1)
-        assert seen_first.wait(10)
+        assert seen_first.wait(HANG)
         yield from (step(2), done(b"v"))
 
     found = []
@@ -249,16 +257,19 @@ def stuck(wishes: dict[str, Any], context: Any) -> Iterator[Any]:
     yield step(1)
     gone = threading.Event()
     context.add_callback(gone.set)
-    gone.wait(30)
+    gone.wait(HANG)
 
 
 def test_giving_up_cancels_at_the_server(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    timeout = 0.25
     with serving(stuck) as (url, seen):
-        assert client(url, tmp_path / "out.mp4", "--timeout", 0.5) == 2
-        assert seen.gone.wait(5)
-    assert "took longer than --timeout 0.5" in one_line(capsys)
+        while not seen.wishes:  # until a call gets there in its time
+            timeout *= 2
+            assert client(url, tmp_path / "out.mp4", "--timeout", timeout) == 2
+            assert f"took longer than --timeout {timeout:g};" in one_line(capsys)
+        assert seen.gone.wait(HANG)
 
 
 DEAD = "Stub process 'ltx_video_0_0' is not healthy."
@@ -272,12 +283,13 @@ def test_silence_of_a_dead_model_ends(
 
     def dies(wishes: dict[str, Any], context: Any) -> Iterator[Any]:
         if not wishes["prompt"]:
-            context.abort(grpc.StatusCode.INTERNAL, DEAD)
+            yield refusal(DEAD)
+            return
         yield from stuck(wishes, context)
 
     with serving(dies) as (url, seen):
         assert client(url, tmp_path / "out.mp4") == 2
-        assert seen.gone.wait(5)
+        assert seen.gone.wait(HANG)
     assert f"{DEAD}; the model's process has died" in one_line(capsys)
 
 
@@ -290,9 +302,10 @@ def test_silence_of_a_model_at_work_does_not_end(
     def works(wishes: dict[str, Any], context: Any) -> Iterator[Any]:
         if not wishes["prompt"]:
             asked.release()
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the prompt is empty")
+            yield refusal("the prompt is empty")
+            return
         for _ in range(3):
-            assert asked.acquire(timeout=10)
+            assert asked.acquire(timeout=HANG)
         yield done(b"v")
 
     with serving(works) as (url, _):
@@ -304,7 +317,7 @@ def test_whoever_stops_reading_cancels_at_the_server() -> None:
         answers = follow(Call(url, {"prompt": "x"}))
         assert next(answers).event["index"] == 1
         answers.close()
-        assert seen.gone.wait(5)
+        assert seen.gone.wait(HANG)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -320,11 +333,11 @@ def test_ctrl_c_cancels_at_the_server_and_leaves_no_file(number: int, tmp_path: 
         process = subprocess.Popen(
             [sys.executable, "-m", "ltx_trt.cli", *words], stderr=subprocess.PIPE, text=True
         )
-        assert started.wait(20)
+        assert started.wait(HANG)
         os.kill(process.pid, number)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=HANG)
         assert process.returncode == 130
-        assert seen.gone.wait(5)
+        assert seen.gone.wait(HANG)
     assert err == "ltx-trt: interrupted; nothing is half-written\n"
     assert list(tmp_path.iterdir()) == []
 

@@ -35,6 +35,7 @@ from ltx_trt.triton.video_model import FAILED, TritonPythonModel, answer
 from tests.runtime import engine_bundles
 from tests.runtime.fake_engines import FakeLibrary
 from tests.runtime.fake_gpu import FakeGpu
+from tests.waiting import HANG, until
 
 FINAL = 1
 
@@ -108,7 +109,7 @@ class Sender:
 
     @property
     def error(self) -> Any:
-        assert self.ended.wait(30)
+        assert self.ended.wait(HANG)
         return self.responses[-1].error
 
 
@@ -174,7 +175,7 @@ def test_without_the_model_of_a_stage_the_server_is_not_ready(
 def ask(model: TritonPythonModel, sender: Sender | None = None, **values: Any) -> Sender:
     sender = sender or Sender()
     model.execute([Request(sender, **values)])
-    assert sender.ended.wait(30)
+    assert sender.ended.wait(HANG)
     return sender
 
 
@@ -257,18 +258,19 @@ def test_no_more_are_computed_at_once_than_there_are_places(
     def slow(*_: object) -> None:
         inside[0] += 1
         most[0] = max(most[0], inside[0])
-        go.wait(10)
+        go.wait(HANG)
         inside[0] -= 1
 
     monkeypatch.setattr("ltx_trt.triton.video_model.answer", slow)
     senders = [Sender() for _ in range(5)]
     feeder = threading.Thread(target=model.execute, args=([Request(s, **WISHES) for s in senders],))
     feeder.start()
+    until(lambda: inside == [2], "two at once")
     feeder.join(0.2)
     assert feeder.is_alive(), "the third waits in Triton's queue"
     go.set()
-    feeder.join(10)
-    assert all(sender.ended.wait(10) for sender in senders)
+    feeder.join(HANG)
+    assert all(sender.ended.wait(HANG) for sender in senders)
     assert most == [2]
 
 

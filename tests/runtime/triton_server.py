@@ -63,6 +63,11 @@ def step(index: int, total: int = 2) -> Any:
     return said({"event": "step", "index": index, "total": total, "sigma": 0.5, "seconds": 0.1})
 
 
+def refusal(text: str) -> Any:
+    """Of Triton itself, or of a model: it has no status."""
+    return messages.ModelStreamInferResponse(error_message=text)
+
+
 def wishes(request: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True):

@@ -3,8 +3,12 @@
 import json
 import struct
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from queue import SimpleQueue
+from threading import Event
 from typing import Any
 
 import grpc
@@ -13,6 +17,10 @@ from tritonclient.grpc import service_pb2 as messages
 from tritonclient.grpc import service_pb2_grpc as services
 
 from ltx_engines.triton_model import INPUTS
+from tests.waiting import HANG
+
+SLOW: dict[str, Any] = {"prompt": "x", "num_inference_steps": 200, "width": 768, "height": 768}
+"""A clip of minutes, whose every step takes longer than news of its client."""
 
 TYPES = {wire.name: wire.dtype for wire in INPUTS}
 NUMPY = {"INT32": "<i4", "INT64": "<i8", "FP32": "<f4", "FP64": "<f8"}
@@ -55,16 +63,16 @@ def ask(
     question: Question,
     timeout: float = 60,
     hear: Callable[[dict[str, Any]], object] = bool,
+    began: Callable[[grpc.Call], object] = bool,
 ) -> Outcome:
-    """`hear` is told each event when it comes."""
+    """`hear` is told each event when it comes; `began` gets the call, which ends by `cancel`."""
     outcome, start = Outcome(), time.perf_counter()
     options = [("grpc.max_receive_message_length", -1)]
     with grpc.insecure_channel(address, options) as channel:
         stream = services.GRPCInferenceServiceStub(channel).ModelStreamInfer(
-            iter([_request(question)]),
-            metadata=(("triton_grpc_error", "true"),),
-            timeout=timeout,
+            iter([_request(question)]), timeout=timeout
         )
+        began(stream)
         try:
             for response in stream:
                 _hear(outcome, response)
@@ -76,6 +84,25 @@ def ask(
             outcome.status, outcome.text = error.code().name, error.details()
     outcome.seconds = time.perf_counter() - start
     return outcome
+
+
+@contextmanager
+def busy(address: str) -> Iterator[None]:
+    """From the first step of a slow clip until it is cancelled, a server has that to do too."""
+    at_work, calls = Event(), SimpleQueue[grpc.Call]()
+
+    def hear(event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            at_work.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, address, Question(SLOW), HANG, hear, calls.put)
+        try:
+            assert at_work.wait(HANG)
+            yield
+        finally:
+            calls.get(timeout=HANG).cancel()
+    assert asked.result().status == "CANCELLED"
 
 
 def _hear(outcome: Outcome, response: Any) -> None:

@@ -1,11 +1,11 @@
 """The real tritonserver on loopback, as `make triton` installs it; no Docker, no GPU."""
 
-import ctypes
 import os
 import secrets
 import signal
 import socket
 import subprocess
+import sys
 import sysconfig
 import time
 import urllib.error
@@ -17,10 +17,20 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Self
 
+from tests.waiting import HANG
+
 HOME = Path(__file__).resolve().parents[2] / ".triton"
 
-PARENT_DEATH = 1
-"""prctl's PR_SET_PDEATHSIG."""
+DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; it outlives exec
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""A process's beginning. `preexec_fn` would fork this one, whose threads may be in the middle of
+gRPC."""
+
+PORTS = range(20000, 30000)
+"""Below those that the system gives to whoever asks for any, clients among them."""
 
 
 def missing() -> str:
@@ -36,7 +46,7 @@ class Server:
         repository: Path,
         *flags: str,
         backends: Mapping[str, Path] | None = None,
-        seconds: float = 60.0,
+        seconds: float = HANG,
     ) -> None:
         self._repository, self._flags, self._seconds = repository, flags, seconds
         self._backends = backends or {}
@@ -46,16 +56,15 @@ class Server:
         with ExitStack() as held:
             self._folder = Path(held.enter_context(TemporaryDirectory(prefix="triton-")))
             self.log = self._folder / "server.log"
+            self.http, self.grpc, self.metrics = (_port(held) for _ in range(3))
             held.callback(self._stop)
-            self.http, self.grpc, self.metrics = _free_ports(3)
             with self.log.open("wb") as log:
                 self.process = subprocess.Popen(
-                    self._command(),
+                    [sys.executable, "-ISc", DIE_WITH_PARENT, *self._command()],
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=_environment(),
                     start_new_session=True,
-                    preexec_fn=_die_with_parent,
                 )
             self._wait()
             self._held = held.pop_all()
@@ -70,21 +79,40 @@ class Server:
         self._held.__exit__(kind, error, trace)
 
     def is_ready(self) -> bool:
-        try:
-            with urllib.request.urlopen(self.url("v2/health/ready"), timeout=1) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
+        return _answers(self.url("v2/health/ready"))
+
+    def is_live(self) -> bool:
+        """Also with models that it could not load."""
+        return _answers(self.url("v2/health/live"))
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.http}/{path}"
 
+    def told(self) -> str:
+        """All of /metrics."""
+        return self.read(self._metrics)
+
     def figures(self) -> dict[str, float]:
         """Of /metrics, ours: series with labels -> value."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=5) as found:
-            lines = found.read().decode().splitlines()
+        lines = self.told().splitlines()
         rows = (line.rpartition(" ") for line in lines if line.startswith("ltx_"))
         return {series: float(value) for series, _, value in rows}
+
+    def read(self, page: str | urllib.request.Request) -> str:
+        """What it answers, also when it refuses. The log of one that does not is in the error."""
+        try:
+            with urllib.request.urlopen(page, timeout=HANG) as answer:
+                return str(answer.read().decode())
+        except urllib.error.HTTPError as error:
+            return error.read().decode()
+        except OSError as error:
+            ended = self.process.poll()
+            state = "lives" if ended is None else f"ended with {ended}"
+            raise RuntimeError(f"{error}; tritonserver {state}\n{self._end()}") from error
+
+    @property
+    def _metrics(self) -> str:
+        return f"http://127.0.0.1:{self.metrics}/metrics"
 
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
@@ -128,9 +156,10 @@ class Server:
         ]
 
     def _wait(self) -> None:
-        """Bounded: a server that cannot load a model may wait for it for ever."""
+        """Bounded: a server that cannot load a model may wait for it for ever. The metrics' port is
+        the last one that it opens, some time after it has said that it is ready."""
         deadline = time.monotonic() + self._seconds
-        while not self.is_ready():
+        while not (self._has_begun() and _answers(self._metrics)):
             if self.process.poll() is not None:
                 raise RuntimeError(
                     f"tritonserver ended with {self.process.returncode}\n{self._end()}"
@@ -138,6 +167,9 @@ class Server:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not ready in {self._seconds} s\n{self._end()}")
             time.sleep(0.02)
+
+    def _has_begun(self) -> bool:
+        return self.is_ready()
 
     def _end(self) -> str:
         return "\n".join(self.said().splitlines()[-40:])
@@ -156,12 +188,25 @@ class Server:
             Path("/dev/shm", name).unlink(missing_ok=True)
 
 
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for found in sockets:
-            found.bind(("127.0.0.1", 0))
-        return [int(found.getsockname()[1]) for found in sockets]
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=HANG) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def _port(held: ExitStack) -> int:
+    """Free, and no other test's before `held` ends, in this process or another."""
+    for port in PORTS:
+        with ExitStack() as mark, suppress(OSError):
+            # no file: gone with its process, however that ends
+            mark.enter_context(socket.socket(socket.AF_UNIX)).bind(f"\0ltx-tests-port-{port}")
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+            held.push(mark.pop_all())
+            return port
+    raise OSError(f"no port of {PORTS.start} to {PORTS.stop - 1} is free here")
 
 
 def _environment() -> dict[str, str]:
@@ -172,7 +217,3 @@ def _environment() -> dict[str, str]:
         "PATH": f"{HOME / 'stubenv/bin'}:{os.environ['PATH']}",
         "LD_LIBRARY_PATH": ":".join(library for library in libraries if library),
     }
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGKILL)

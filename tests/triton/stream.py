@@ -1,6 +1,7 @@
 """One request to the video model, with tritonclient alone: what a stranger's client would do."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from time import perf_counter
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ltx_engines.triton_model import INPUTS, VIDEO
+from tests.waiting import HANG
 
 PROMPTS = (
     "a red circle moves right on a blue background",
@@ -23,8 +25,6 @@ ELEMENTS: dict[str, Any] = {
     "INT32": np.int32,
     "FP32": np.float32,
 }
-
-SECONDS = 60.0
 
 
 @dataclass(slots=True)
@@ -49,8 +49,16 @@ class Heard:
         return self.events[-1]
 
 
-def ask(port: int, *, cancel_at: int = 0, parameters: Any = None, **values: Any) -> Heard:
-    """Everything up to the end of the request, or up to step `cancel_at`, where it is cancelled."""
+def ask(
+    port: int,
+    *,
+    cancel_at: int = 0,
+    parameters: Any = None,
+    hear: Callable[[Heard], object] = bool,
+    **values: Any,
+) -> Heard:
+    """Everything up to the end of the request, or up to step `cancel_at`, where it is cancelled;
+    `hear` is told what there is each time that there is more."""
     import tritonclient.grpc as grpc
 
     answers: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
@@ -58,7 +66,6 @@ def ask(port: int, *, cancel_at: int = 0, parameters: Any = None, **values: Any)
     with grpc.InferenceServerClient(f"127.0.0.1:{port}") as client:
         client.start_stream(
             lambda result, error: answers.put((result, error)),
-            headers={"triton_grpc_error": "true"},  # a real status, for which the stream is closed
         )
         client.async_stream_infer(
             VIDEO,
@@ -66,7 +73,8 @@ def ask(port: int, *, cancel_at: int = 0, parameters: Any = None, **values: Any)
             enable_empty_final_response=True,
             parameters=parameters,
         )
-        while _take(heard, *answers.get(timeout=SECONDS)):
+        while _take(heard, *answers.get(timeout=HANG)):
+            hear(heard)
             if cancel_at and heard.steps and heard.steps[-1] >= cancel_at:
                 client.stop_stream(cancel_requests=True)
                 break

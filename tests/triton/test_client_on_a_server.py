@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,8 +16,10 @@ pytest.importorskip("tritonclient.grpc")
 from ltx_engines.triton_model import METRICS
 from ltx_trt import cli
 from tests.test_readme import commands
+from tests.triton.asking import SLOW
 from tests.triton.conftest import RunAlone
 from tests.triton.server import Server
+from tests.waiting import HANG, until
 
 PROMPT = "a red circle moves right on a blue background"
 CLIP = {"prompt": PROMPT, "seed": 7, "num_inference_steps": 3, "width": 64, "height": 64}
@@ -89,23 +90,23 @@ def test_ctrl_c_at_the_client_stops_the_server_within_a_step(
     before = counted(single, "ltx_requests_cancelled_total")
     steps = counted(single, "ltx_step_seconds_count")
     # Longer than what the metrics wait before they tell.
-    long = {**CLIP, "num_inference_steps": 200, "width": 512, "height": 512}
+    long = {**CLIP, **SLOW}
     process = subprocess.Popen(
         [sys.executable, "-m", "ltx_trt.cli", *words(single, tmp_path / "out.mp4", **long)],
         stderr=subprocess.PIPE,
         text=True,
     )
-    while counted(single, "ltx_step_seconds_count") < steps + 3:
+
+    def is_under_way() -> bool:
         assert process.poll() is None
-        time.sleep(0.01)
+        return counted(single, "ltx_step_seconds_count") >= steps + 3
+
+    until(is_under_way, "three steps")
     os.kill(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=HANG)
     assert process.returncode == 130
     assert said == "ltx-trt: interrupted; nothing is half-written\n"
-    deadline = time.monotonic() + 5
-    while counted(single, "ltx_requests_cancelled_total") == before:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: counted(single, "ltx_requests_cancelled_total") > before, "the request's end")
     stopped = counted(single, "ltx_step_seconds_count")
     time.sleep(0.3)
     assert counted(single, "ltx_step_seconds_count") == stopped < steps + 200
@@ -114,8 +115,7 @@ def test_ctrl_c_at_the_client_stops_the_server_within_a_step(
 
 def test_every_metric_of_the_table_is_there_and_no_other(single: Server, tmp_path: Path) -> None:
     assert cli.main(words(single, tmp_path / "out.mp4", **CLIP)) == 0
-    with urllib.request.urlopen(f"http://127.0.0.1:{single.metrics}/metrics", timeout=5) as page:
-        lines = page.read().decode().splitlines()
+    lines = single.told().splitlines()
     kinds = {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE ltx_")}
     for metric in METRICS:
         end = "_bucket" if metric.kind == "histogram" else ""

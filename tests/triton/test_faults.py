@@ -7,24 +7,26 @@ import re
 import shutil
 import signal
 import threading
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 
 pytest.importorskip("tritonclient.grpc")
 
+import grpc
+
 from ltx_engines import bundle
 from ltx_export.triton import operations
 from ltx_trt.cli import SHIPPED
-from tests.triton.asking import Outcome, Question, ask
+from tests.triton.asking import SLOW, Outcome, Question, ask, metric
 from tests.triton.server import Server
+from tests.waiting import HANG, until
 
 TABLE = Path(__file__).parents[2] / "docs" / "triton-faults.md"
 
@@ -36,9 +38,8 @@ WISHES = {
     "width": 64,
     "height": 64,
 }
-LONG = {**WISHES, "num_inference_steps": 150, "num_frames": 25, "width": 128, "height": 128}
 SILENCE = 6.0
-"""Seconds until a client of this test gives up; a request takes one at most."""
+"""Seconds after a kill in which nothing must be heard."""
 
 PATHS = re.compile(r"(^|[\s'\"(])(/[\w.-]+){2,}|Traceback|\.py\b|line \d+")
 
@@ -46,7 +47,8 @@ PATHS = re.compile(r"(^|[\s'\"(])(/[\w.-]+){2,}|Traceback|\.py\b|line \d+")
 @dataclass(frozen=True)
 class Row:
     """`after` is what the next request gets, `recovered` what it gets when the server was started
-    again, None where it was not; `index` is what the server says of its models."""
+    again, None where it was not; `index` is what the server says of its models, `steps` how many
+    it made."""
 
     fault: str
     outcome: Outcome
@@ -54,6 +56,7 @@ class Row:
     after: Outcome
     recovered: Outcome | None = None
     index: str = ""
+    steps: float = 0.0
 
     def cells(self) -> str:
         seen = self.outcome
@@ -66,15 +69,8 @@ class Row:
 class Loaded(Server):
     """Started when loading has ended, well or not."""
 
-    def _wait(self) -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                with urllib.request.urlopen(self.url("v2/health/live"), timeout=1):
-                    return
-            except OSError:
-                time.sleep(0.05)
-        raise TimeoutError(f"not live in 60 s\n{self._end()}")
+    def _has_begun(self) -> bool:
+        return self.is_live()
 
 
 def started(repository: Path) -> Loaded:
@@ -84,8 +80,8 @@ def started(repository: Path) -> Loaded:
     return Loaded(repository, *(word for word in words[2:] if "exit-timeout" not in word))
 
 
-def put(server: Server, question: Question, timeout: float = 30) -> Outcome:
-    return ask(f"127.0.0.1:{server.grpc}", question, timeout)
+def put(server: Server, question: Question) -> Outcome:
+    return ask(f"127.0.0.1:{server.grpc}", question, HANG)
 
 
 REFUSED = {
@@ -108,32 +104,38 @@ def refusals(server: Server) -> Iterator[Row]:
 
 
 def client_gone(server: Server) -> Row:
-    seen = put(server, Question(LONG, leave_after=6))
+    before = metric(server.told(), "ltx_step_seconds_count")
+    seen = put(server, Question(SLOW, leave_after=6))
     seen = Outcome("CANCELLED", "(of its own wish)", seen.events, seconds=seen.seconds)
-    return Row("client gone", seen, server.is_ready(), put(server, Question(WISHES)))
+    until(lambda: metric(server.told(), "ltx_requests_cancelled_total"), "the end of who has left")
+    made = metric(server.told(), "ltx_step_seconds_count") - before
+    after = put(server, Question(WISHES))
+    return Row("client gone", seen, server.is_ready(), after, steps=made)
 
 
 def stub_killed(server: Server) -> tuple[Outcome, bool]:
     """While it computes a request, which is never answered: what the next one sees, and whether
     the server calls itself ready."""
-    seen: list[Outcome] = []
     computed = threading.Event()
+    calls: SimpleQueue[grpc.Call] = SimpleQueue()
 
     def hear(event: dict[str, Any]) -> None:
         if event["event"] == "step":
             computed.set()
 
-    address = f"127.0.0.1:{server.grpc}"
-    thread = threading.Thread(
-        target=lambda: seen.append(ask(address, Question(LONG), SILENCE, hear))
-    )
-    thread.start()
-    assert computed.wait(30)
-    for stub in server.stubs():
-        os.kill(stub, signal.SIGKILL)
-    next_one = put(server, Question(WISHES))
-    thread.join()
-    assert seen[0].status == "DEADLINE_EXCEEDED", "Triton has learnt to end it; tell the README"
+    with ThreadPoolExecutor(1) as pool:
+        address = f"127.0.0.1:{server.grpc}"
+        unanswered = pool.submit(ask, address, Question(SLOW), HANG, hear, calls.put)
+        try:
+            assert computed.wait(HANG)
+            for stub in server.stubs():
+                os.kill(stub, signal.SIGKILL)
+            next_one = put(server, Question(WISHES))
+            ended = wait([unanswered], SILENCE).done
+        finally:
+            calls.get(timeout=HANG).cancel()
+    assert not ended, "Triton has learnt to end it; tell the README"
+    assert unanswered.result().status == "CANCELLED"
     return next_one, server.is_ready()
 
 
@@ -146,11 +148,7 @@ def after_a_kill(next_one: Outcome, ready: bool, recovered: Outcome) -> Iterator
 def index(server: Server) -> str:
     """Of the models, and why some are not loaded, to whoever asks."""
     request = urllib.request.Request(server.url("v2/repository/index"), b"{}", method="POST")
-    try:
-        with urllib.request.urlopen(request, timeout=5) as page:
-            return str(page.read().decode())
-    except urllib.error.HTTPError as error:
-        return error.read().decode()
+    return server.read(request)
 
 
 def spoilt(
@@ -223,8 +221,10 @@ def test_the_table_is_what_clients_see(rows: dict[str, Row]) -> None:
         TABLE.write_text(
             "# Faults, and what a client of Triton sees of them\n\nMade by "
             "tests/triton/test_faults.py on Triton 2.51 (24.10). `none` is a text without a "
-            "status. Started again\nmeans `docker restart`, after the files are as they were "
-            f"written (`ltx-export triton --check`).\n\n{text}",
+            "status. Do not send\n`triton_grpc_error`, which would give it one: such a refusal may "
+            "end the whole server (signal 11, 8 times of\n2,400; without it never of 3,200). "
+            "Started again means\n`docker restart`, after the files are as they were written "
+            f"(`ltx-export triton --check`).\n\n{text}",
             encoding="utf-8",
         )
     assert text in TABLE.read_text(encoding="utf-8"), text
@@ -257,7 +257,7 @@ def test_a_fault_of_the_client_is_the_clients_alone(fault: str, rows: dict[str, 
     assert row.ready
     assert row.after.status == "OK"
     if fault in REFUSED:
-        assert row.outcome.status in ("INVALID_ARGUMENT", "(in the stream)")
+        assert row.outcome.status == "(in the stream)"
         assert row.outcome.events == []
 
 
@@ -286,5 +286,7 @@ def test_what_does_not_load_is_not_ready(rows: dict[str, Row]) -> None:
 
 
 def test_who_leaves_is_not_computed_for(rows: dict[str, Row]) -> None:
-    assert len(rows["client gone"].outcome.events) == 6
-    assert rows["client gone"].after.seconds < 1
+    """But for the step under way."""
+    row = rows["client gone"]
+    assert len(row.outcome.events) == 6
+    assert row.steps <= row.outcome.steps[-1] + 1
