@@ -4,6 +4,7 @@ Its machines must see the bundle and the folder of the results under the same pa
 is killed is started again by Ray, and the job begins anew.
 """
 
+import logging
 import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,7 +59,7 @@ class RayCrew:
                 address=address,
                 include_dashboard=None if address != LOCAL else False,
                 log_to_driver=False,
-                logging_level="error",
+                logging_level=logging.ERROR,
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
             said = " ".join(str(error).split())
