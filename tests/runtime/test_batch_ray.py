@@ -13,9 +13,12 @@ from time import monotonic, sleep
 
 import pytest
 
-from ltx_trt.batch import cluster, results
+from ltx_trt.backend import Choice, Providers
+from ltx_trt.batch import cluster, maker, results
 from ltx_trt.batch.results import Place
 from ltx_trt.batch_commands import ADDRESS
+from ltx_trt.session.bundle_stages import Stages
+from ltx_trt.session.choice import open_stages
 from tests.runtime.batches import ltx_trt, rows
 from tests.runtime.fake_ray import Cluster
 
@@ -77,6 +80,66 @@ def test_an_address_and_workers_are_handed_on(
     init, options = ray.asked
     assert init["address"] == "ray://head:10001"
     assert (options["compute"]["size"], options["num_cpus"]) == (3, 2)
+
+
+@pytest.fixture
+def made(
+    folder: Path, jobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Make all, and return what was said."""
+
+    def make(*words: str) -> str:
+        assert ltx_trt("batch", jobs, *words, "--bundle", folder, "--out", tmp_path / "out") == 0
+        return capsys.readouterr().err
+
+    return make
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
+    """With what makers open bundles."""
+    found: list[Choice] = []
+
+    def opening(folder: Path, choice: Choice) -> Stages:
+        found.append(choice)
+        return open_stages(folder, choice)
+
+    monkeypatch.setattr(maker, "open_stages", opening)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gpus", "words", "said"),
+    [
+        (8, "", "the cluster's GPUs (8) are not used; --provider cuda gives one to each worker"),
+        (8, "--provider cpu", ""),
+        (0, "", ""),
+    ],
+)
+def test_actors_are_told_the_cpu_where_nobody_says_another_provider(
+    made: Callable[..., str], ray: Cluster, opened: list[Choice], gpus: int, words: str, said: str
+) -> None:
+    """Whatever ONNX Runtime a machine of the cluster has."""
+    ray.gpus = gpus
+    heard = made("--ray", *words.split())
+    assert [choice.provider for choice in opened] == [Providers.cpu]
+    assert said in heard
+    assert bool(said) is ("GPU" in heard)
+
+
+def test_a_gpu_is_asked_of_ray_for_each_worker_and_missed_at_once(
+    folder: Path, jobs: Path, tmp_path: Path, ray: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--provider", "cuda", "--bundle", folder, "--out", tmp_path / "out")
+    assert ltx_trt("batch", jobs, "--ray", *words) == 2
+    heard = capsys.readouterr().err
+    assert heard.startswith("ltx-trt: --ray: Ray finds no GPU on this machine, and each worker")
+    assert heard.count("\n") == 1
+    assert ray.stopped == 1
+    ltx_trt("batch", jobs, "--ray", "head:6379", *words)
+    assert "has no GPU now; jobs wait until it has one" in capsys.readouterr().err
+    _, _, options = ray.asked
+    assert (options["num_cpus"], options["num_gpus"]) == (0, 1)
 
 
 def test_a_cluster_that_is_not_there_costs_one_line(

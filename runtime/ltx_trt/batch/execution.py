@@ -112,7 +112,7 @@ def _made(planned: Plan, team: Team | Cluster, voice: Voice) -> Iterator[Outcome
 
 def _crew(planned: Plan, team: Team | Cluster, voice: Voice) -> Crew:
     if isinstance(team, Cluster):
-        return RayCrew(planned.order, team)
+        return RayCrew(planned.order, team, voice)
     if team.count == 1 and not team.gpus:
         return Alone(planned.order, voice)
     shared = replace(planned.order.choice, processes=team.count)
