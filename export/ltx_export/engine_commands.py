@@ -102,7 +102,11 @@ def build_engine(  # noqa: PLR0913 - options of a command
     ] = None,
     vae_tile: Annotated[
         str | None,
-        typer.Option(metavar="WxHxF", help="What the VAE takes at once, in the place of clips."),
+        typer.Option(
+            metavar="WxHxF",
+            help="What the VAE takes at once, in the place of clips. Width first, as in --shape; "
+            "ltx-trt run --vae-tile has height first.",
+        ),
     ] = None,
     split: Annotated[
         str | None,

@@ -91,7 +91,8 @@ TileSize = Annotated[
     typer.Option(
         "--vae-tile",
         metavar="auto|HxWxF|off",
-        help="Pixels and frames that the VAE is given at once; auto: as much as there is room for.",
+        help="Pixels and frames that the VAE is given at once, height first, not width as in "
+        "ltx-export build-engine; auto: as much as there is room for.",
     ),
 ]
 

@@ -30,6 +30,7 @@ from ltx_trt.session.residency import Need, Residency
 from ltx_trt.session.runner import Runner
 from ltx_trt.session.tensorrt_session import TensorRTSession
 from ltx_trt.session.vae_tiles import EngineTiles, TileSession
+from ltx_trt.tiles import Grid
 
 TRANSFORMER, DECODER = "transformer", "vae_decoder"
 USED = (TEXT_ENCODER, TRANSFORMER, DECODER)
@@ -282,7 +283,7 @@ class EngineStages:
     def _in_tiles(self, wish: Asked) -> Asked:
         """What the stage's engines are given at once."""
         choose = self._tiles.get(wish.stage)
-        tile = None if choose is None else choose(wish.clip.latent)
+        tile = None if choose is None else _tile(choose, wish.clip.latent)
         if tile is None:
             return wish
         clip = vae_tiles.shape(tile)
@@ -300,3 +301,28 @@ class EngineStages:
             f"{self.bundle.path} --gpu sm{self._device.driver.capability} "
             f"{advice(planned, self.bundle.manifest)}"
         )
+
+
+def _tile(choose: EngineTiles, grid: Grid) -> Grid | None:
+    """
+    Raises:
+        UserError: tiles were wished that no engine takes; maybe as the engines were asked for,
+            with the width first.
+    """
+    try:
+        return choose(grid)
+    except UserError as error:
+        wish = choose.wish
+        if not isinstance(wish, VideoShape):
+            raise
+        turned = replace(wish, height=wish.width, width=wish.height)
+        try:
+            fits = replace(choose, wish=turned)(grid) is not None
+        except UserError:
+            fits = False
+        if not fits:
+            raise
+        raise UserError(
+            f"{error}; with height and width the other way round there is one: --vae-tile "
+            f"{turned.height}x{turned.width}x{turned.frames}"
+        ) from None
