@@ -18,6 +18,11 @@ SHIPPED = Path(__file__).parent / "ltx_tiny"
 LEAST_TILE = (2 * SPACE, 2 * SPACE, TIME + 1)
 """Pixels of rows and columns, and frames."""
 
+Exported = Annotated[Path, typer.Option("--bundle", help="The exported model.")]
+Prompt = Annotated[str, typer.Option(help="What the clip shows.")]
+NegativePrompt = Annotated[str | None, typer.Option(help="What it does not show.")]
+FrameRate = Annotated[float | None, typer.Option(help="Frames a second.")]
+Seed = Annotated[int, typer.Option(min=0)]
 Pixels = Annotated[int | None, typer.Option(help="Pixels; multiples of 32 need no crop.")]
 Frames = Annotated[int | None, typer.Option(help="8k + 1 need no cut.")]
 Count = Annotated[
