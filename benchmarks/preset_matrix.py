@@ -82,12 +82,17 @@ class Outcome:
     said: str = ""
 
 
-def metadata(preset: Preset) -> dict[str, Any]:
-    """The release's own, but for its widths."""
+def release_config(preset: Preset, layers: int | None = None) -> dict[str, Any]:
+    """The metadata of the preset's release, or of one with so many blocks."""
     version = preset.name.split("-")[2]
     model = Model.small if preset.release.size == "2B" else Model.large
     vae = Vae(version) if version in ("0.9", "0.9.1") else Vae.third
-    table = video_config(Wish(model, vae=vae, distilled=preset.release.distilled))
+    return video_config(Wish(model, layers=layers, vae=vae, distilled=preset.release.distilled))
+
+
+def metadata(preset: Preset) -> dict[str, Any]:
+    """The release's own, but for its widths."""
+    table = release_config(preset)
     width = HEADS * HEAD_DIM[preset.release.size]
     caption = json.loads((TEXT_ENCODER / "config.json").read_text(encoding="utf-8"))["d_model"]
     table["transformer"] |= {

@@ -28,7 +28,7 @@ from ltx_engines import prompts as prompt_file
 from ltx_engines.bundle import StgMode
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape, snap
-from ltx_export import calibration, convert, denoising, devices, foreign, pipeline_defaults
+from ltx_export import calibration, convert, denoising, devices, foreign
 from ltx_export.activation_ranges import NotFiniteError, watched
 from ltx_export.calibration import Calibration, Ranges
 from ltx_export.pipeline_defaults import Pipeline
@@ -245,7 +245,7 @@ def check(order: Order) -> Plan:
     model = ltx_video.skeleton(header, order.ignore_config_keys)
     ltx_video.check_fit(model, header)
     _check_width(order, model.config)
-    pipeline = pipeline_defaults.read(order.pipeline_config, model.config, order.stg_mode)
+    pipeline = denoising.pipeline(order.pipeline_config, model.config, order.stg_mode)
     usual = pipeline.defaults
     shapes = order.shapes or (snap(usual.num_frames, usual.height, usual.width),)
     prompts = _prompts(order)

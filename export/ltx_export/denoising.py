@@ -1,5 +1,6 @@
 """One seed through any model: the same noise, the same texts, the same steps of ltx_ref."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ltx_engines.bundle import Defaults
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
+from ltx_export import pipeline_defaults
 from ltx_export.ladder import Output
 from ltx_export.pipeline_defaults import Pipeline
 from ltx_ref.checkpoint import read_header
@@ -27,6 +29,8 @@ from ltx_ref.offload import offloaded
 from ltx_ref.quantized import BLOCKS
 from ltx_ref.tensor_file import TensorFile, put
 from ltx_ref.text import encode, load_text_encoder, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,20 @@ class Recorder:
         if self.inputs is None:
             self.inputs, self.velocity = inputs, velocity
         return velocity
+
+
+def pipeline(path: Path | None, config: ModelConfig, stg_mode: StgMode | None) -> Pipeline:
+    """What a walk follows: of a file of two passes the first one, which is said.
+
+    Raises:
+        UserError: as `pipeline_defaults.read`.
+    """
+    found = pipeline_defaults.read(path, config, stg_mode)
+    if found.defaults.second is not None:
+        log.warning(
+            "%s makes two passes: the steps and the guidance of the first one are followed", path
+        )
+    return found
 
 
 def request(

@@ -105,7 +105,7 @@ def build_engine(  # noqa: PLR0913 - options of a command
         typer.Option(
             metavar="WxHxF",
             help="What the VAE takes at once, in the place of clips; beside --vae-stream its "
-            "encoder.",
+            "encoder. Width first, as in --shape; ltx-trt run --vae-tile has height first.",
         ),
     ] = None,
     vae_stream: Annotated[

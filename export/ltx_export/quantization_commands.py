@@ -40,7 +40,8 @@ Shapes = Annotated[
 Steps = Annotated[int | None, typer.Option(min=1, help="Of a run; else the model's usual.")]
 First = Annotated[int | None, typer.Option(min=1, help="Only so many prompts of the file.")]
 PipelineConfig = Annotated[
-    Path | None, typer.Option(help="An original ltxv-*.yaml: schedule and guidance.")
+    Path | None,
+    typer.Option(help="An original ltxv-*.yaml: schedule and guidance; of two passes the first's."),
 ]
 NegativePrompt = Annotated[str | None, typer.Option(help="Else the usual one.")]
 OffloadBlocks = Annotated[

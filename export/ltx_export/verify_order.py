@@ -10,7 +10,7 @@ import torch
 from ltx_engines import bundle as bundles
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
-from ltx_export import calibration, denoising, devices, ladder, pipeline_defaults
+from ltx_export import calibration, denoising, devices, ladder
 from ltx_export.denoising import Weights
 from ltx_export.ladder import Bounds, Pair, Rung
 from ltx_export.onnx_transformer import Graph
@@ -128,7 +128,7 @@ def check(order: Order) -> Checked:
         raise UserError(f"{header.path} is not quantized, it has no original; leave out --original")
     order.check_figures(_inputs(order, original))
     config = read_config(header, order.ignore_config_keys)
-    pipeline = pipeline_defaults.read(order.pipeline_config, config, None)
+    pipeline = denoising.pipeline(order.pipeline_config, config, None)
     request, config = denoising.request(pipeline, order.shape, order.steps, config)
     formats = {layer.format for layer in layers.values()}
     bounds = ladder.bounds(formats, order.bounds)

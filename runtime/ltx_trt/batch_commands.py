@@ -21,6 +21,7 @@ from ltx_trt.options import (
     Count,
     DeviceMemory,
     EncoderDevice,
+    Exported,
     Forgetful,
     Form,
     Frames,
@@ -82,7 +83,7 @@ def batch(  # noqa: PLR0913 - options of a command
     prompts: Annotated[
         Path | None, typer.Option(help="In place of jobs: a text file, one prompt on each line.")
     ] = None,
-    bundle: Annotated[Path, typer.Option(help="The exported model.")] = SHIPPED,
+    bundle: Exported = SHIPPED,
     form: Annotated[
         Form, typer.Option("--format", help="png: a folder of lossless frames for each clip.")
     ] = Form.mp4,

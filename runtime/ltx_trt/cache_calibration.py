@@ -15,8 +15,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +31,7 @@ from ltx_trt.pipeline import StepDone, generate, plan
 from ltx_trt.request import Request, Wishes, resolve
 from ltx_trt.session import Array, Feeds, OpenSession, Session
 from ltx_trt.session.choice import open_stages
+from ltx_trt.session.wrapped import Wrapped
 from ltx_trt.step_caching import check_cachable, layout_of
 
 Doubles = NDArray[np.float64]
@@ -51,18 +51,18 @@ class Measured:
     changes: Doubles
 
 
-class Recorder:
+class Recorder(Wrapped):
     """The transformer as a session that compares its calls; it has no loop of its own."""
 
     def __init__(self, transformer: Session) -> None:
-        self._transformer = transformer
+        super().__init__(transformer)
         self._layout: tuple[Any, ...] = ()
         self._before: tuple[Doubles, Doubles] | None = None
         self._ratios: list[float] = []
         self._changes: list[float] = []
 
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
-        found = self._transformer(feeds)
+        found = self._session(feeds)
         velocity = found["velocity"].astype(np.float64)
         residual = velocity - feeds["latents"]
         before = self._before if layout_of(feeds) == self._layout else None
@@ -70,18 +70,6 @@ class Recorder:
         self._changes.append(change(velocity, before[0]) if before else np.nan)
         self._before, self._layout = (velocity, residual), layout_of(feeds)
         return found
-
-    def __enter__(self) -> Self:
-        self._transformer.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._transformer.__exit__(kind, error, trace)
 
     def measured(self) -> Measured:
         return Measured(np.array(self._ratios), np.array(self._changes))

@@ -13,6 +13,7 @@ from ltx_trt.options import (
     Config,
     Count,
     DeviceMemory,
+    Exported,
     Frames,
     Json,
     Loras,
@@ -43,7 +44,7 @@ def calibrate_cache(  # noqa: PLR0913 - options of a command
             "--out", "-o", help="The table, JSON; BUNDLE/step_cache.json needs not be named later."
         ),
     ],
-    bundle: Annotated[Path, typer.Option(help="The exported model.")] = SHIPPED,
+    bundle: Exported = SHIPPED,
     seeds: Annotated[int, typer.Option(min=1, help="Clips of each prompt.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = SEED,
     num_inference_steps: Count = None,

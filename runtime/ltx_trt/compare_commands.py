@@ -13,6 +13,7 @@ from ltx_trt.options import (
     Config,
     DeviceMemory,
     EncoderDevice,
+    Exported,
     Json,
     Loras,
     MemoryPolicy,
@@ -61,7 +62,7 @@ def compare(
 
 
 def bench(  # noqa: PLR0913 - options of a command
-    bundle: Annotated[Path, typer.Option(help="The exported model.")] = SHIPPED,
+    bundle: Exported = SHIPPED,
     shape: Annotated[
         list[str],
         typer.Option(metavar="WxHxF", help="A clip; may be repeated; else the bundle's own."),

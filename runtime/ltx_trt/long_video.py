@@ -206,10 +206,13 @@ def by_windows(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scene:
-    """What a whole clip is held to: latents [1, C, F, h, w] by their strengths [1, 1, F, h, w],
-    and items beside the clip's own latents, each with those of its own."""
+    """What a whole clip is held to: latents [1, C, F, h, w], as much as there is of them beside the
+    share [1, 1, F, h, w] of noise; their strengths, of the same shape; and items beside the clip's
+    own latents, each with those of its own. Where items overlap, a later one is mixed into what the
+    ones before have left, as in a clip of one piece."""
 
     latents: Floats
+    noise: Floats
     strengths: Floats
     beside: tuple[tuple[Item, Floats], ...]
 
@@ -218,12 +221,15 @@ class Scene:
         """`size` is that of the clip's latents."""
         latents = np.zeros(size, np.float32)
         strengths = np.zeros((1, 1, *size[2:]), np.float32)
+        noise = np.ones_like(strengths)
         for item, given in items:
             first, rest = item.frame // TIME + item.extra, given[:, :, item.extra :]
-            taken = slice(first, first + rest.shape[2])
-            latents[:, :, taken], strengths[:, :, taken] = rest, item.strength
+            taken, share = slice(first, first + rest.shape[2]), np.float32(item.strength)
+            latents[:, :, taken] = latents[:, :, taken] * (1 - share) + rest * share
+            noise[:, :, taken] *= 1 - share
+            strengths[:, :, taken] = share
         beside = tuple((item, given[:, :, : item.extra]) for item, given in items if item.extra)
-        return cls(latents, strengths, beside)
+        return cls(latents, noise, strengths, beside)
 
     def condition(
         self, latents: Floats, part: Window, made: Floats, place: Place, noise: Noise
@@ -231,7 +237,7 @@ class Scene:
         """`latents` [1, C, f, h, w] of the window at the first noise level; `made` [1, C, F, h, w]
         is the clip as far as it is made; `place` is the window's."""
         strengths = self.strengths[:, :, part.all].copy()
-        latents = latents * (1 - strengths) + self.latents[:, :, part.all] * strengths
+        latents = latents * self.noise[:, :, part.all] + self.latents[:, :, part.all]
         latents[:, :, : part.held] = made[:, :, part.first : part.first + part.held]
         strengths[:, :, : part.held] = 1
         beside = [

@@ -18,6 +18,11 @@ SHIPPED = Path(__file__).parent / "ltx_tiny"
 LEAST_TILE = (2 * SPACE, 2 * SPACE, TIME + 1)
 """Pixels of rows and columns, and frames."""
 
+Exported = Annotated[Path, typer.Option("--bundle", help="The exported model.")]
+Prompt = Annotated[str, typer.Option(help="What the clip shows.")]
+NegativePrompt = Annotated[str | None, typer.Option(help="What it does not show.")]
+FrameRate = Annotated[float | None, typer.Option(help="Frames a second.")]
+Seed = Annotated[int, typer.Option(min=0)]
 Pixels = Annotated[int | None, typer.Option(help="Pixels; multiples of 32 need no crop.")]
 Frames = Annotated[int | None, typer.Option(help="8k + 1 need no cut.")]
 Count = Annotated[
@@ -91,8 +96,9 @@ TileSize = Annotated[
     typer.Option(
         "--vae-tile",
         metavar="auto|stream|HxWxF|off",
-        help="Height, width and frames that the VAE is given at once; stream: decode a few frames "
-        "at a time, in little memory and exactly; auto: whole if there is room, else stream.",
+        help="Height, width and frames that the VAE is given at once (ltx-export build-engine has "
+        "width first); stream: decode a few frames at a time, in little memory and exactly; auto: "
+        "whole if there is room, else stream.",
     ),
 ]
 

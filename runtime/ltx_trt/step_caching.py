@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
 from math import inf
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +26,7 @@ from ltx_trt.cache_rules import EasyCache, Given, Known, Rule
 from ltx_trt.cache_table import CacheTable
 from ltx_trt.cache_walk import Walk
 from ltx_trt.session import Array, Feeds, Session
+from ltx_trt.session.wrapped import Wrapped
 
 Floats = NDArray[np.float32]
 
@@ -215,7 +215,7 @@ def plan(caching: Caching, walk: Walk) -> tuple[bool, ...] | None:
     return cache_rules.magcache(caching.table.magcache.ratios, forced, caching.threshold, longest)
 
 
-class CachedTransformer:
+class CachedTransformer(Wrapped):
     """The transformer of one request as a session, in place of another that it calls for the steps
     that are computed. `reused` has an entry for each call so far.
 
@@ -223,7 +223,8 @@ class CachedTransformer:
     """
 
     def __init__(self, transformer: Session, walk: Walk, rule: Rule) -> None:
-        self._transformer, self._sigmas, self._rule = transformer, walk.sigmas, rule
+        super().__init__(transformer)
+        self._sigmas, self._rule = walk.sigmas, rule
         self.reused: list[bool] = []
         self._step = 0
         self._shape: tuple[int, ...] | None = None
@@ -239,24 +240,12 @@ class CachedTransformer:
         self.reused.append(reuses)
         if reuses and self._residual is not None:
             return {"velocity": given.latents + self._residual}
-        found = self._transformer(feeds)
+        found = self._session(feeds)
         if step is not None:
             velocity = np.array(found["velocity"])  # a session may write its next one there
             self._residual = velocity - given.latents
             self._rule.computed(given, velocity)
         return found
-
-    def __enter__(self) -> Self:
-        self._transformer.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._transformer.__exit__(kind, error, trace)
 
     def _which(self, feeds: Feeds) -> int | None:
         """The step of the walk that a call is, None if it is not the next one."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ltx_engines import prompts
+from ltx_engines import presets, prompts
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
 from ltx_export import activation_ranges, calibrate, calibration, cli
@@ -147,6 +147,19 @@ def test_all_branches_are_seen(order: Order) -> None:
         for _ in session.steps(session.plan.runs[0]):
             pass
     assert batches == {3}  # negative prompt, prompt, perturbed
+
+
+def test_of_two_passes_the_first_is_followed_and_that_is_said(
+    order: Order, caplog: pytest.LogCaptureFixture
+) -> None:
+    order = replace(order, pipeline_config=presets.named("ltxv-13b-0.9.8-distilled"), steps=None)
+    plan = calibrate.check(order)
+    assert {clip.steps for clip in plan.runs} == {7}
+    said = "makes two passes: the steps and the guidance of the first one are followed"
+    assert caplog.text.count(said) == 1
+    caplog.clear()
+    calibrate.check(replace(order, pipeline_config=presets.named("ltxv-2b-0.9.6-distilled")))
+    assert "two passes" not in caplog.text
 
 
 def test_a_pipelines_configuration_decides_about_guidance(order: Order, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ class Cluster:
     """`loses`: after so many rows the actor is lost, with what it was about to say."""
 
     loses: int | None = None
+    gpus: int = 0
     asked: list[dict[str, Any]] = field(default_factory=list)
     started: int = 0
     stopped: int = 0
@@ -20,6 +21,7 @@ class Cluster:
     def module(self) -> ModuleType:
         ray = ModuleType("ray")
         ray.__dict__.update(init=self._init, shutdown=self._shutdown, data=self)
+        ray.__dict__.update(cluster_resources=lambda: {"CPU": 2.0, "GPU": float(self.gpus)})
         return ray
 
     def _init(self, **options: Any) -> None:

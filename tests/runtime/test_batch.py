@@ -1,16 +1,21 @@
 """Jobs become clips, each the very one of a single run, however often the batch is killed."""
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from ltx_engines.errors import UserError
 from ltx_trt import job
-from ltx_trt.batch import execution, maker, results
+from ltx_trt.batch import asking, execution, facts, maker, results
+from ltx_trt.batch.jobs import Job
 from ltx_trt.batch.workers import Team
 from ltx_trt.job import Clip, Report, Voice
 from ltx_trt.session.bundle_stages import Stages
@@ -66,14 +71,68 @@ def test_lossless_frames_are_the_frames_of_the_hash(
         assert row["sha256"] == sha256(frames.tobytes()).hexdigest()
 
 
-def test_a_note_that_is_true_of_each_clip_is_said_once(
+def test_a_note_that_is_true_of_several_clips_is_said_once_and_names_them(
     folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--bundle", folder, "--width", 50, "--format", "gif")
     assert ltx_trt("batch", "--prompts", prompts, "-o", tmp_path / "out", *words) == 0
     captured = capsys.readouterr()
-    assert captured.err.count("are cut out of") == 1
+    first, *others = [line for line in captured.err.splitlines() if "are cut out of" in line]
+    note = "9 frames of 32 x 50 (height x width) are cut out of 9 of 32 x 64"
+    assert first == f"ltx-trt: 0000: {note}"
+    assert others == [f"ltx-trt: the same of 0001: {note}"]
     assert captured.out.count("frames of 50 x 32") == 2
+
+
+def test_a_note_on_one_clip_names_its_job_and_one_on_many_counts_them(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines: list[dict[str, Any]] = [{"name": "fox", "prompt": "w5"}]
+    lines += [{"name": f"odd{index}", "prompt": "w5", "width": 50} for index in range(8)]
+    jobs = tmp_path / "jobs.jsonl"
+    jobs.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    out = tmp_path / "out"
+    assert ltx_trt("batch", jobs, "-o", out, "--bundle", folder, "--workers", 2) == 0
+    told = capsys.readouterr().err
+    assert "fox" not in told
+    assert re.search(r"^ltx-trt: odd\d: 9 frames of 32 x 50", told, re.MULTILINE)
+    assert re.search(r"^ltx-trt: the same of (odd\d, ){4}odd\d and 2 more: 9", told, re.MULTILINE)
+    assert told.count("are cut out of") == 2
+
+
+def test_the_pictures_of_a_finished_job_are_not_read_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.zeros((32, 64, 3), np.uint8)).save(photo)
+    jobs, out = tmp_path / "jobs.jsonl", tmp_path / "out"
+    line = {"prompt": "w5", "image": [str(photo)], "name": "fox"}
+    jobs.write_text(json.dumps(line), encoding="utf-8")
+    batch = batch_of(folder, jobs, out)
+    (wished,) = batch.jobs
+    asked: list[str] = []
+
+    def request(job: Job, *_: object) -> None:
+        asked.append(job.name)
+        raise UserError("its picture was read")
+
+    monkeypatch.setattr(asking, "request", request)
+    with pytest.raises(UserError, match="1: its picture was read"):
+        execution.check(batch)
+    out.mkdir()
+    made_of = facts.of_job(wished, "mp4", facts.shared(folder, None, ()), folder)
+    place = results.Place(out, "fox", "mp4")
+    results.begin(place, "run")
+    (place.partial / place.file).write_bytes(b"a clip")
+    results.commit(place, results.Finished(made_of, {}, "run"))
+    planned = execution.check(batch)
+    assert (planned.tasks, [outcome.name for outcome in planned.skipped]) == ((), ["fox"])
+    assert asked == ["fox"]
+    Image.fromarray(np.ones((32, 64, 3), np.uint8)).save(photo)
+    with pytest.raises(UserError, match="made otherwise: other contents of a file"):
+        execution.check(batch)
+    with pytest.raises(UserError, match="its picture was read"):
+        execution.check(replace(batch, redo=True))
 
 
 @pytest.mark.parametrize(

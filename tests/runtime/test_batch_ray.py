@@ -1,17 +1,23 @@
 """The jobs of a batch on a Ray cluster: a stand-in always, a real one where Ray is installed."""
 
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from ltx_trt.batch import cluster, results
+from ltx_trt.backend import Choice, Providers
+from ltx_trt.batch import cluster, maker, results
 from ltx_trt.batch.results import Place
 from ltx_trt.batch_commands import ADDRESS
+from ltx_trt.session.bundle_stages import Stages
+from ltx_trt.session.choice import open_stages
 from tests.runtime.batches import ltx_trt, rows
 from tests.runtime.fake_ray import Cluster
 from tests.waiting import until
@@ -20,6 +26,9 @@ pytest.importorskip("onnxruntime")
 
 LARGE = {"width": 256, "height": 256, "num_frames": 97}
 """Long enough in the making to be killed there."""
+
+SMALL_STORE = 100 * 2**20
+"""Bytes of memory that all processes of a cluster share; jobs and reports are a few kB."""
 
 MakeBundle = Callable[..., Path]
 
@@ -73,6 +82,66 @@ def test_an_address_and_workers_are_handed_on(
     assert (options["compute"]["size"], options["num_cpus"]) == (3, 2)
 
 
+@pytest.fixture
+def made(
+    folder: Path, jobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Make all, and return what was said."""
+
+    def make(*words: str) -> str:
+        assert ltx_trt("batch", jobs, *words, "--bundle", folder, "--out", tmp_path / "out") == 0
+        return capsys.readouterr().err
+
+    return make
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
+    """With what makers open bundles."""
+    found: list[Choice] = []
+
+    def opening(folder: Path, choice: Choice) -> Stages:
+        found.append(choice)
+        return open_stages(folder, choice)
+
+    monkeypatch.setattr(maker, "open_stages", opening)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gpus", "words", "said"),
+    [
+        (8, "", "the cluster's GPUs (8) are not used; --provider cuda gives one to each worker"),
+        (8, "--provider cpu", ""),
+        (0, "", ""),
+    ],
+)
+def test_actors_are_told_the_cpu_where_nobody_says_another_provider(
+    made: Callable[..., str], ray: Cluster, opened: list[Choice], gpus: int, words: str, said: str
+) -> None:
+    """Whatever ONNX Runtime a machine of the cluster has."""
+    ray.gpus = gpus
+    heard = made("--ray", *words.split())
+    assert [choice.provider for choice in opened] == [Providers.cpu]
+    assert said in heard
+    assert bool(said) is ("GPU" in heard)
+
+
+def test_a_gpu_is_asked_of_ray_for_each_worker_and_missed_at_once(
+    folder: Path, jobs: Path, tmp_path: Path, ray: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--provider", "cuda", "--bundle", folder, "--out", tmp_path / "out")
+    assert ltx_trt("batch", jobs, "--ray", *words) == 2
+    heard = capsys.readouterr().err
+    assert heard.startswith("ltx-trt: --ray: Ray finds no GPU on this machine, and each worker")
+    assert heard.count("\n") == 1
+    assert ray.stopped == 1
+    ltx_trt("batch", jobs, "--ray", "head:6379", *words)
+    assert "has no GPU now; jobs wait until it has one" in capsys.readouterr().err
+    _, _, options = ray.asked
+    assert (options["num_cpus"], options["num_gpus"]) == (0, 1)
+
+
 def test_a_cluster_that_is_not_there_costs_one_line(
     folder: Path, jobs: Path, tmp_path: Path, ray: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,38 +187,56 @@ def test_what_follows_ray_is_an_address_only_if_it_looks_like_one(word: str, is_
     assert bool(ADDRESS.fullmatch(word)) is is_one
 
 
-@pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_a_killed_worker_of_a_real_cluster_makes_nothing_twice(
-    folder: Path, jobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def real(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a cluster of this machine needs: little memory, no network, and a folder of its own for
+    its sockets, whose paths may have 107 bytes."""
+    folder = tempfile.mkdtemp(prefix="ray")
+    told = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(SMALL_STORE), "RAY_TMPDIR": folder}
+    told |= {**cluster.QUIET, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
     pytest.importorskip("ray", reason="pip install 'ltx-trt[ray]'")
+    yield
+    shutil.rmtree(folder)
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+@pytest.mark.usefixtures("real")
+def test_a_killed_worker_of_a_real_cluster_makes_nothing_twice(
+    folder: Path, jobs: Path, tmp_path: Path
+) -> None:
     from ltx_trt.batch import execution
     from ltx_trt.batch.jobs import read
     from ltx_trt.job import Voice
 
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     out = tmp_path / "out"
     planned = execution.check(execution.Batch(read(jobs, LARGE), folder, out))
-    states = []
     here = cluster.Cluster(cluster.LOCAL, 1, on_gpu=False)
-    for outcome in execution.execute(planned, here, Voice()):
-        states.append(outcome.state)
-        if len(states) == 1:
-            os.kill(worker(out), signal.SIGKILL)
+    with ThreadPoolExecutor() as pool:
+        killed = pool.submit(kill_one, out)
+        states = [outcome.state for outcome in execution.execute(planned, here, Voice())]
+    finished = killed.result()
     assert states == ["made"] * 4
+    assert finished
+    assert all(path.stat().st_mtime_ns == at for path, at in finished.items())
     assert all(results.find(Place(out, f"{index:04d}", "mp4")) for index in range(4))
     assert len(list(out.iterdir())) == 8
 
 
-def worker(out: Path) -> int:
-    """The process that is at a clip."""
-    found: list[int] = []
+def kill_one(out: Path) -> dict[Path, int]:
+    """The process that is at another clip once one is finished; what was finished, and when. Of
+    four clips one is enough."""
+    killed: list[dict[Path, int]] = []
 
-    def look() -> list[int]:
-        for file in out.glob(".*.partial/tries"):
-            with suppress(OSError, IndexError):
-                found.append(int(file.read_text().split()[2]))
-        return found
+    def look() -> bool:
+        with suppress(OSError, IndexError):
+            finished = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
+            for file in out.glob(".*.partial/tries") if finished else ():
+                os.kill(int(file.read_text().split()[2]), signal.SIGKILL)
+                killed.append(finished)
+                return True
+        return False
 
-    until(look, "somebody at a clip")
-    return found[0]
+    until(look, "somebody at a clip while another is finished")
+    return killed[0]

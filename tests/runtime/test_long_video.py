@@ -13,7 +13,7 @@ from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
 from ltx_trt import SEED, cli
 from ltx_trt.backend import Choice, VaeTile
-from ltx_trt.conditioning import Item, Place
+from ltx_trt.conditioning import Item, Place, condition
 from ltx_trt.coordinates import token_coordinates, unpatchify
 from ltx_trt.denoising import Text
 from ltx_trt.guidance import Guidance
@@ -173,6 +173,31 @@ def test_a_sequence_goes_on_through_all_windows_that_it_reaches() -> None:
     assert grid[0, 0, 1:, 0, 0].tolist() == [2, 2, 0]  # latent frames 4, 5 and 6 of the clip
     assert found.strengths is not None
     assert found.strengths.tolist() == [[1, 1, 0.25, 0.25, 0.25, 0.25, 0, 0]]
+
+
+@pytest.mark.parametrize("strengths", [(0.5, 0.25), (1.0, 0.25), (0.75, 1.0), (0.5, 0.0)])
+def test_items_that_overlap_are_mixed_in_a_chunk_as_in_one_piece(
+    strengths: tuple[float, float],
+) -> None:
+    """Sequences from frame 0, 25 frames, and from frame 8, which has four latent frames more: two
+    beside the clip's own, and two at the third and fourth of them."""
+    numbers = np.random.default_rng(3)
+    noise, *given = (numbers.standard_normal((1, 2, 4, 1, 2)).astype(np.float32) for _ in range(3))
+    pixels = np.zeros((1, 3, 25, 32, 64), np.float32)
+    items = [
+        (Item(pixels, frame, strength), latents)
+        for frame, strength, latents in zip((0, 8), strengths, given, strict=True)
+    ]
+    first = windows(9, Chunks(33))[0]
+    longer = replace(PLACE, shape=replace(PLACE.shape, frames=33))
+    noise = np.concatenate([noise, noise[:, :, :1]], axis=2)
+    chunk = scene(*items).condition(noise, first, MADE, longer, Noise(1))
+    whole = condition(noise, items, longer, Noise(1))
+    np.testing.assert_allclose(chunk.latents, whole.latents, atol=1e-6)
+    np.testing.assert_array_equal(chunk.coordinates, whole.coordinates)
+    assert chunk.strengths is not None
+    assert whole.strengths is not None
+    np.testing.assert_array_equal(chunk.strengths, whole.strengths)
 
 
 class Fake:

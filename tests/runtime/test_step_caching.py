@@ -9,6 +9,7 @@ import pytest
 from ltx_engines.bundle import FileEntry
 from ltx_engines.errors import UserError
 from ltx_trt import sampler, step_caching
+from ltx_trt.cache_calibration import Recorder
 from ltx_trt.cache_table import CacheTable, Clips, Polynomial, Ratios
 from ltx_trt.cache_walk import Walk, layout
 from ltx_trt.guidance import StepGuidance
@@ -259,6 +260,34 @@ def test_a_wrapped_session_begins_and_ends_with_its_wrapper() -> None:
     with cached(model, caching(Method.easycache), WALK) as transformer:
         assert isinstance(transformer, CachedTransformer)
     assert model.calls == -1
+
+
+@pytest.mark.parametrize(
+    "wrapped", [lambda model: cached(model, caching(Method.easycache), WALK), Recorder]
+)
+def test_a_wrapper_is_entered_once_and_ends_once_what_it_has_begun(wrapped: Any) -> None:
+    model = Counted()
+    wrapper = wrapped(model)
+    wrapper.__exit__(None, None, None)
+    assert (model.begun, model.ended) == (0, 0)
+    with wrapper:
+        with pytest.raises(ValueError, match="is entered once; make another"):
+            wrapper.__enter__()
+        assert (model.begun, model.ended) == (1, 0)
+    wrapper.__exit__(None, None, None)
+    assert (model.begun, model.ended) == (1, 1)
+
+
+class Counted(Model):
+    begun = 0
+    ended = 0
+
+    def __enter__(self) -> Self:
+        self.begun += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended += 1
 
 
 def test_a_walk_names_the_branches_of_each_step() -> None:

@@ -134,7 +134,11 @@ def test_what_engines_decode_needs_no_memory_of_the_host(
         (
             VideoShape(9, 64, 64),
             r"no engine of vae_decoder takes tiles of 64x64x9 \(height x width x frames\): "
-            r".*; leave out --vae-tile, or build it: .*--vae-tile 64x64x9",
+            r".*; leave out --vae-tile, or build it: .*--vae-tile 64x64x9$",
+        ),
+        (  # as build-engine was told, width first
+            VideoShape(17, 96, 64),
+            r"; with height and width the other way round there is one: --vae-tile 64x96x17$",
         ),
     ],
 )

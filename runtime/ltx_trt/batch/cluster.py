@@ -4,17 +4,20 @@ Its machines must see the bundle and the folder of the results under the same pa
 is killed is started again by Ray, and the job begins anew.
 """
 
+import logging
 import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from ltx_engines.errors import UserError
+from ltx_trt.backend import Providers
 from ltx_trt.batch.maker import Maker, Order, Outcome, Task
+from ltx_trt.voice import Voice
 
 LOCAL = "local"
 """In place of an address: a cluster of this machine alone, which ends with the command."""
@@ -42,8 +45,9 @@ class Cluster:
 class RayCrew:
     """Implements Crew."""
 
-    def __init__(self, order: Order, cluster: Cluster) -> None:
-        self._order, self._cluster = order, cluster
+    def __init__(self, order: Order, cluster: Cluster, voice: Voice) -> None:
+        self._order, self._cluster, self._voice = _settled(order, cluster), cluster, voice
+        self._chosen = order.choice.provider is not None
 
     def __enter__(self) -> Self:
         if find_spec("ray") is None:
@@ -58,7 +62,7 @@ class RayCrew:
                 address=address,
                 include_dashboard=None if address != LOCAL else False,
                 log_to_driver=False,
-                logging_level="error",
+                logging_level=logging.ERROR,
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
             said = " ".join(str(error).split())
@@ -66,7 +70,32 @@ class RayCrew:
                 f"--ray {address}: there is no such cluster ({said}); start it with `ray start "
                 "--head`, or leave the address out"
             ) from error
+        try:
+            self._say_of_gpus(int(ray.cluster_resources().get("GPU", 0)))
+        except BaseException:
+            ray.shutdown()
+            raise
         return self
+
+    def _say_of_gpus(self, count: int) -> None:
+        """
+        Raises:
+            UserError: this machine has none, and nothing else will.
+        """
+        cluster = self._cluster
+        if count and not (cluster.on_gpu or self._chosen):
+            self._voice.say(
+                f"ONNX Runtime is on the CPU of each machine, the cluster's GPUs "
+                f"({count}) are not used; --provider cuda gives one to each worker"
+            )
+        if count or not cluster.on_gpu:
+            return
+        if cluster.address == LOCAL:
+            raise UserError(
+                "--ray: Ray finds no GPU on this machine, and each worker wants one; use "
+                "--backend onnxruntime --provider cpu, or the address of a cluster that has"
+            )
+        self._voice.say("the cluster has no GPU now; jobs wait until it has one for each worker")
 
     def make(self, tasks: Sequence[Task], /) -> Iterator[Outcome]:
         import ray
@@ -97,6 +126,14 @@ class RayCrew:
         import ray
 
         ray.shutdown()
+
+
+def _settled(order: Order, cluster: Cluster) -> Order:
+    """Without a wish each actor would take what it finds: CUDA where ONNX Runtime has it. Machines
+    differ, and Ray has set no GPU aside."""
+    if cluster.on_gpu:
+        return order
+    return replace(order, choice=replace(order.choice, provider=Providers.cpu))
 
 
 class Actor:

@@ -67,14 +67,16 @@ def check(batch: Batch) -> Plan:
     skipped = []
     for job in batch.jobs:
         place = Place(batch.folder, job.name, batch.form)
-        planned, made_of = _checked(job, batch, bundle, shared)
+        with _said_of(job):
+            _check_not_read(job, place)
+            made_of = facts.of_job(job, batch.form, shared, batch.bundle)
+            if (done := _done(job, place, made_of, redo=batch.redo)) is not None:
+                skipped.append(done)
+                continue
+            planned = _planned(job, place, batch, bundle)
         group = repr((job.preset, *map(_shape, planned.passes), planned.encoded))
-        task = Task(job, place, made_of, group)
-        if (done := _done(task, redo=batch.redo)) is None:
-            tasks.setdefault(group, []).append(task)
-            plans.setdefault(group, planned)
-        else:
-            skipped.append(done)
+        tasks.setdefault(group, []).append(Task(job, place, made_of, group))
+        plans.setdefault(group, planned)
     made = (batch.bundle, batch.folder, batch.form, batch.pipeline_config, batch.choice)
     return Plan(
         Order(*made, batch.redo, uuid4().hex, tuple(plans.values())),
@@ -99,7 +101,7 @@ def _made(planned: Plan, team: Team | Cluster, voice: Voice) -> Iterator[Outcome
         while left:
             held = set()
             for outcome in crew.make(left):
-                voice.say(*outcome.notes)
+                voice.say_of(outcome.name, *outcome.notes)
                 if outcome.state == "held":
                     held.add(outcome.name)
                 else:
@@ -108,31 +110,36 @@ def _made(planned: Plan, team: Team | Cluster, voice: Voice) -> Iterator[Outcome
             if left:
                 voice.say("waiting for jobs that another command is at")
                 sleep(PAUSE)
+        voice.say_of_others()
 
 
 def _crew(planned: Plan, team: Team | Cluster, voice: Voice) -> Crew:
     if isinstance(team, Cluster):
-        return RayCrew(planned.order, team)
+        return RayCrew(planned.order, team, voice)
     if team.count == 1 and not team.gpus:
         return Alone(planned.order, voice)
     shared = replace(planned.order.choice, processes=team.count)
     return Workers(replace(planned.order, choice=shared), team, voice)
 
 
-def _checked(job: Job, batch: Batch, bundle: Bundle, shared: Facts) -> tuple[Planned, Facts]:
-    place = Place(batch.folder, job.name, batch.form)
+@contextmanager
+def _said_of(job: Job) -> Iterator[None]:
     try:
-        _check_not_read(job, place)
-        request, _ = asking.request(job, bundle, batch.pipeline_config, batch.choice.loras)
-        planned = plan(request, bundle.manifest)
-        if batch.form == "mp4":
-            media.check_even(request.height, request.width)
-        results.check_free(place)
-        return planned, facts.of_job(job, batch.form, shared, batch.bundle)
+        yield
     except UserError as error:
         if str(error).startswith(job.where):
             raise
         raise UserError(f"{job.where}: {error}") from error
+
+
+def _planned(job: Job, place: Place, batch: Batch, bundle: Bundle) -> Planned:
+    """All that it reads is read, pictures and videos to their end."""
+    request, _ = asking.request(job, bundle, batch.pipeline_config, batch.choice.loras)
+    planned = plan(request, bundle.manifest)
+    if batch.form == "mp4":
+        media.check_even(request.height, request.width)
+    results.check_free(place)
+    return planned
 
 
 def _check_not_read(job: Job, place: Place) -> None:
@@ -148,23 +155,24 @@ def _shape(one: Pass) -> tuple[object, ...]:
     return one.shape, one.extra, one.per_token, tuple(sorted(set(one.batches)))
 
 
-def _done(task: Task, *, redo: bool) -> Outcome | None:
-    """
+def _done(job: Job, place: Place, made_of: Facts, *, redo: bool) -> Outcome | None:
+    """A clip that was made just so needs no other check.
+
     Raises:
         UserError: there is a clip of its name, which was made otherwise.
     """
-    before = results.reported(task.place)
-    if before is not None and (said := facts.difference(before.facts, task.facts)):
+    before = results.reported(place)
+    if before is not None and (said := facts.difference(before.facts, made_of)):
         if redo:
             return None
-        clip = results.clips(task.place)[-1]
+        clip = results.clips(place)[-1]
         raise UserError(
-            f"{task.job.where}: {clip} is finished, but was made otherwise: {said}; --redo makes "
-            "it again, another name or folder keeps both"
+            f"{clip} is finished, but was made otherwise: {said}; --redo makes it again, another "
+            "name or folder keeps both"
         )
-    if (finished := results.find(task.place)) is None:
+    if (finished := results.find(place)) is None:
         return None
-    return Outcome(task.job.name, task.job.where, "skipped", finished.report)
+    return Outcome(job.name, job.where, "skipped", finished.report)
 
 
 def _on_cpu(batch: Batch, bundle: Bundle) -> bool:

@@ -220,7 +220,7 @@ class Alone(Maker):
 
 
 class _Ear(Voice):
-    """Keeps the notes for whoever gave the job: they are said once for all of them."""
+    """Keeps the notes for whoever gave the job."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -319,7 +319,7 @@ class EngineStages:
     def _in_tiles(self, wish: Asked) -> Asked:
         """What the stage's engines are given at once, or those of the decoder that goes on."""
         choose = self._tiles.get(wish.stage)
-        cut = None if choose is None else choose(wish.clip.latent)
+        cut = None if choose is None else _chosen(choose, wish.clip.latent)
         if cut is None:
             return wish
         if isinstance(cut, Streamed):
@@ -339,7 +339,7 @@ class EngineStages:
 
     def _cut(self, planned: Planned) -> Cut:
         choose = self._tiles.get(DECODER)
-        return None if choose is None else choose(planned.shape.latent)
+        return None if choose is None else _chosen(choose, planned.shape.latent)
 
     def _check_bucket(self, planned: Planned, wish: Asked) -> None:
         profiles = self._chains[wish.stage][0].key.profiles
@@ -353,3 +353,28 @@ class EngineStages:
             f"{self.bundle.path} --gpu sm{self._device.driver.capability} "
             f"{advice(planned, self.bundle.manifest)}"
         )
+
+
+def _chosen(choose: EngineTiles, grid: Grid) -> Cut:
+    """
+    Raises:
+        UserError: tiles were wished that no engine takes; maybe as the engines were asked for,
+            with the width first.
+    """
+    try:
+        return choose(grid)
+    except UserError as error:
+        wish = choose.wish
+        if not isinstance(wish, VideoShape):
+            raise
+        turned = replace(wish, height=wish.width, width=wish.height)
+        try:
+            fits = replace(choose, wish=turned)(grid) is not None
+        except UserError:
+            fits = False
+        if not fits:
+            raise
+        raise UserError(
+            f"{error}; with height and width the other way round there is one: --vae-tile "
+            f"{turned.height}x{turned.width}x{turned.frames}"
+        ) from None
