@@ -78,13 +78,13 @@ def test_a_row_that_misses_its_aim_is_named(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["missed"] == [missed]
 
 
-def test_memory_that_grows_with_the_clip_misses_the_aim_in_tiles_alone(
+def test_memory_that_grows_with_the_clip_misses_the_aim_but_where_it_is_whole(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     runs.peaks["257"] = 131
     assert code(monkeypatch) == 1
     missed = json.loads(capsys.readouterr().out.splitlines()[-1])["missed"]
-    assert missed == ["33-frame tiles: 1.31", "auto in 300 MB: 1.31"]
+    assert missed == ["stream: 1.31", "auto in 300 MB: 1.31", "33-frame tiles: 1.31"]
 
 
 def test_small_tiles_of_one_colour_are_shown_and_not_held_to_the_aim(

@@ -9,6 +9,7 @@ from ltx_engines.stages import (
     FLOAT,
     OPTIONAL,
     STAGES,
+    STREAM,
     NoiseInput,
     Sizes,
     Stage,
@@ -30,7 +31,7 @@ SIZES = Sizes(
 )
 
 TABLES = ltx_video(SIZES)
-ALL = (*STAGES, *OPTIONAL)
+ALL = (*STAGES, STREAM, *OPTIONAL)
 
 
 def shapes(stage: Stage) -> dict[str, tuple[int, ...]]:
@@ -137,8 +138,8 @@ def test_the_decoder_asks_for_what_the_checkpoint_needs_and_nothing_else() -> No
 
 
 def test_without_an_upsampler_the_stages_are_those_of_the_base_pipeline() -> None:
-    assert tuple(ltx_video(replace(SIZES, upsampling=None))) == STAGES
-    assert tuple(TABLES) == (*STAGES[:2], *OPTIONAL, *STAGES[2:]), "not in order of use"
+    assert tuple(ltx_video(replace(SIZES, upsampling=None))) == (*STAGES, STREAM)
+    assert tuple(TABLES) == (*STAGES[:2], *OPTIONAL, *STAGES[2:], STREAM), "not in order of use"
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 """Three small bundles, exported once through the command line, and their checkpoints."""
 
-import json
+import fcntl
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -24,19 +24,25 @@ def a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_trace_for_each_configuration() -> Iterator[None]:
-    """Many tests export the same small models, and a trace takes seconds.
+def one_trace_for_each_configuration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Many tests export the same small models, and a trace takes seconds to half a minute: it is
+    kept as templates are, for all workers.
 
     Who wants a fresh one imports `graphs.traced` by name.
     """
-    kept: dict[tuple[str, str, int], onnx.ModelProto] = {}
-    trace = graphs.traced
+    base, trace = tmp_path_factory.getbasetemp(), graphs.traced
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traced"
+    folder.mkdir(exist_ok=True)
 
     def traced(stage: str, model: graphs.Model) -> ir.Model:
-        key = stage, json.dumps(graphs.facts(stage, model)), model.layers(stage)
-        if key not in kept:
-            kept[key] = templates.to_proto(trace(stage, model))
-        return templates.from_proto(kept[key])
+        facts = graphs.facts(stage, model) | {"num_layers": model.layers(stage)}
+        with (folder / f"{templates.name(stage, facts)}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (kept := templates.find(stage, facts, folder)) is None:
+                path = templates.save(trace(stage, model), stage, facts, folder)
+                kept = templates.find(stage, facts, folder)
+                assert kept is not None, path
+        return templates.from_proto(kept)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "traced", traced)

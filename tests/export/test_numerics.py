@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ltx_engines.stages import OPTIONAL, STAGES
+from ltx_engines.stages import OPTIONAL, STAGES, STREAM
 from ltx_export.block_groups import evenly
 from ltx_ref.ltx_video import model as ltx_video
 from ltx_ref.ltx_video import upsampler
@@ -195,7 +195,7 @@ def test_an_upsampler_is_a_fifth_stage_with_weights_of_two_files(
 ) -> None:
     path, made = with_upsampler
     manifest = made.bundle.manifest
-    assert set(manifest.stages) == {*STAGES, *OPTIONAL}
+    assert set(manifest.stages) == {*STAGES, STREAM, *OPTIONAL}
     assert set(manifest.stages["latent_upsampler"].weights) == {path.name, made.checkpoint.name}
     assert (made.bundle.path / path.name).samefile(path)
     with OnnxRuntimeSession.open(made.bundle, "latent_upsampler"):

@@ -177,7 +177,7 @@ def test_an_export_of_a_known_model_needs_no_torch_and_another_says_what_it_need
     assert codes == [0, 2]
     assert {path.name for path in tmp_path.iterdir()} == {"a"}
     graphs = sorted(path.name for path in (tmp_path / "a").glob("*.onnx"))
-    assert len(graphs) == 4
+    assert len(graphs) == 5
     for name in graphs:
         onnx.load(tmp_path / "a" / name, load_external_data=False)
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("ltx-export: ")]

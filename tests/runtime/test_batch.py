@@ -398,6 +398,11 @@ BAD = '{"prompt": "w5"}\n{"prompt": "w6", %s}\n'
         (BAD % '"image": ["fox.png@8"]', (), "jobs.jsonl:2: there is no file fox.png"),
         (BAD % '"image": ["jobs.jsonl"]', (), "jobs.jsonl:2: jobs.jsonl is no image"),
         (BAD % '"image": "fox.png"', (), "jobs.jsonl:2: image should be a valid"),
+        (
+            BAD % '"cache_steps": "easycache:0.1", "cache_table": "nope.json"',
+            (),
+            "jobs.jsonl:2: nope.json: No such file",
+        ),
         (BAD % '"input_video": "fox.mp4"', (), "jobs.jsonl:2: there is no file fox.mp4"),
         (BAD % '"preset": "ltxv-2b-0.8"', (), "jobs.jsonl:2: "),
         (BAD % '"cache_steps": "magic"', (), "jobs.jsonl:2: "),

@@ -130,6 +130,8 @@ def _said_of(job: Job) -> Iterator[None]:
         if str(error).startswith(job.where):
             raise
         raise UserError(f"{job.where}: {error}") from error
+    except OSError as error:
+        raise UserError(f"{job.where}: {error.filename}: {error.strerror}") from error
 
 
 def _planned(job: Job, place: Place, batch: Batch, bundle: Bundle) -> Planned:
