@@ -8,6 +8,7 @@ from ltx_export.engine_order import Order
 from ltx_export.engine_profiles import VAE
 
 DECODER = "vae_decoder"
+DECODERS = (DECODER, STREAM)
 
 
 def beside(opened: Bundle, order: Order) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """build-engine --vae-stream: an engine of the decoder that is given a few frames at a time."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,18 @@ from ltx_engines import bundle
 from ltx_engines.bundle import Bundle, open_bundle
 from ltx_engines.errors import UserError
 from ltx_engines.stages import STREAM
-from ltx_export import cli, engine_bundle, engine_profiles, engine_stages, engine_volumes
+from ltx_export import (
+    build_process,
+    cli,
+    engine_bundle,
+    engine_profiles,
+    engine_stages,
+    engine_volumes,
+)
 from ltx_export.engine_order import Order
 from ltx_export.engine_profiles import Buckets
 from ltx_trt.session import needs
+from tests.export import stand_in_builder
 from tests.export.conftest import Exported
 
 SHIPPED = Path(__file__).parents[2] / "runtime/ltx_trt/ltx_tiny"
@@ -188,6 +197,39 @@ def test_a_checkpoints_bundle_has_both_graphs_and_later_builds_find_them(tmp_pat
     manifest = bundle.read(out)
     assert set(manifest.stages) == {DECODER, STREAM}
     assert [engine.key.stage for engine in manifest.engines] == [DECODER, STREAM]
+
+
+@pytest.mark.parametrize("stages", [(DECODER, STREAM), (STREAM, DECODER)])
+def test_a_decoder_takes_the_place_of_the_other_one_that_nothing_runs_any_more(
+    with_stream: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    stages: tuple[str, str],
+) -> None:
+    monkeypatch.setattr(build_process, "run", stand_in_builder.run)
+    out = Path(shutil.copytree(with_stream.path, tmp_path / "bundle"))
+    old, new = stages
+    build(out, old)
+    build(out, new)
+    assert [engine.key.stage for engine in bundle.read(out).engines] == [old, new]
+    manifest = bundle.read(out)
+    stale = [
+        e.model_copy(update={"key": e.key.model_copy(update={"graph": "0" * 64})})
+        for e in manifest.engines
+        if e.key.stage == old
+    ]
+    bundle.update(out, manifest.model_copy(update={"engines": tuple(stale)}))
+    build(out, new)
+    assert [engine.key.stage for engine in bundle.read(out).engines] == [new]
+    assert not list(out.glob(f"{old}.sm*"))
+    assert "is deleted: the graph" in caplog.text
+
+
+def build(out: Path, stage: str) -> None:
+    words = ["--stages", stage, "--gpu", "sm89", "--shape", "64x64x9"]
+    words += ["--vae-stream", "8"] if stage == STREAM else []
+    assert cli.main(["build-engine", str(out), *words]) == 0
 
 
 def test_the_decoder_alone_can_be_exported(tmp_path: Path) -> None:

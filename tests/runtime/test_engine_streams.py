@@ -445,6 +445,52 @@ def test_no_stage_of_a_clip_is_left_for_the_cpu(folder: Path) -> None:
         open_stages(folder, Choice(threads=2), open_device=Machine())
 
 
+WHOLE, GOES_ON = Engines((CLIP,), ("vae_decoder",)), Engines((PIECE,), (STREAM,), branches=1)
+
+
+@pytest.mark.parametrize("used", [WHOLE, GOES_ON], ids=["whole", "stream"])
+@pytest.mark.parametrize("why", ["card", "version", "graph"])
+def test_of_two_decoders_one_that_runs_here_is_enough(
+    graphs: Path, caplog: pytest.LogCaptureFixture, used: Engines, why: str
+) -> None:
+    other = GOES_ON if used is WHOLE else WHOLE
+    changes: dict[str, Any] = {"card": {"targets": (120,)}, "version": {"version": "1.6.0"}}
+    engine_bundles.add(graphs, Engines((CLIP,), ("text_encoder", "transformer")))
+    engine_bundles.add(graphs, used)
+    engine_bundles.add(graphs, replace(other, **changes.get(why, {})))
+    if why == "graph":
+        make_stale(graphs, other.stages[0])
+    machine = Machine()
+    clips, _ = machine.made(graphs, Choice(), WISHES)
+    assert [frames_of(chunks).tobytes() for chunks in clips] == whole(graphs, WISHES)
+    decoders = [name for _, name in machine.gpu.named("load") if name.startswith("vae")]
+    assert decoders == [*used.stages]
+    said = {"card": "for SM89", "version": "is of 1.6.0, installed is", "graph": "the graph"}
+    (warned,) = [m for m in caplog.messages if "decodes without" in m]
+    assert warned.startswith(f"{used.stages[0]} decodes without {other.stages[0]}: ")
+    assert said[why] in warned
+    assert "ltx-export build-engine" in warned
+
+
+def test_without_a_decoder_that_runs_here_the_first_one_says_why(graphs: Path) -> None:
+    engine_bundles.add(graphs, Engines((CLIP,), ("text_encoder", "transformer")))
+    for other in (WHOLE, GOES_ON):
+        engine_bundles.add(graphs, replace(other, targets=(120,)))
+    with pytest.raises(UserError, match="no engine of vae_decoder for SM89"):
+        Machine().made(graphs, Choice(), WISHES)
+
+
+def make_stale(folder: Path, stage: str) -> None:
+    manifest = bundles.read(folder)
+    engines = tuple(
+        engine.model_copy(update={"key": engine.key.model_copy(update={"graph": "0" * 64})})
+        if engine.key.stage == stage
+        else engine
+        for engine in manifest.engines
+    )
+    bundles.update(folder, manifest.model_copy(update={"engines": engines}))
+
+
 def test_graphs_that_go_on_are_no_reason_to_say_that_an_engine_is_missing(graphs: Path) -> None:
     stages = ("text_encoder", "transformer", "vae_decoder")
     engine_bundles.add(graphs, Engines((CLIP,), stages))
