@@ -19,6 +19,7 @@ from ltx_export import (
     cli,
     engine_bundle,
     engine_profiles,
+    engine_source,
     engine_stages,
     engine_volumes,
 )
@@ -116,11 +117,53 @@ def with_stream(exported: Exported, tmp_path_factory: pytest.TempPathFactory) ->
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no stage": ({"stages": ("transformer",), "vae_stream": 16}, "--vae-stream is for the VAE's"),
     "no frames": ({"stages": (STREAM,)}, "give --vae-stream 16, or leave the stage out"),
+    "tiles of no VAE": (
+        {"stages": ("transformer",), "vae_tile": "64x64x9"},
+        "--vae-tile is for the VAE, which is not among the stages",
+    ),
     "tiles": (
         {"stages": (STREAM,), "vae_stream": 16, "vae_tile": "64x64x9"},
         "takes whole rows and columns; leave it out, or name vae_encoder or vae_decoder too",
     ),
 }
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "onnxruntime"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_order_alone_shows_is_said_before_a_graph_is_made(
+    case: str,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("graphs were made")
+
+    monkeypatch.setattr(engine_source, "prepare", never)
+    changes, said = REFUSED[case]
+    words = ["--stages", ",".join(changes["stages"]), "--backend", backend]
+    words += [] if backend == "onnxruntime" else ["--gpu", "sm89"]
+    for option in ("vae_stream", "vae_tile"):
+        words += [f"--{option.replace('_', '-')}={changes[option]}"] if option in changes else []
+    assert cli.main(["build-engine", CHECKPOINT, "--out", "nowhere", *words]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("stages", "wanted"),
+    [
+        (None, None),
+        (("transformer",), ("transformer",)),
+        ((DECODER,), (DECODER, STREAM)),
+        ((STREAM,), (STREAM,)),
+    ],
+)
+def test_the_graph_goes_with_the_decoders(
+    stages: tuple[str, ...] | None, wanted: tuple[str, ...] | None
+) -> None:
+    assert engine_stages.graphs(order(stages=stages, vae_stream=16)) == wanted
 
 
 @pytest.mark.parametrize("case", REFUSED)
