@@ -25,6 +25,8 @@ from ltx_export import (
 )
 from ltx_export.engine_order import Order
 from ltx_export.engine_profiles import Buckets
+from ltx_export.sources import read
+from ltx_ref.ltx_video.vae_stream_config import delay
 from ltx_trt.session import needs
 from tests.export import stand_in_builder
 from tests.export.conftest import Exported
@@ -298,8 +300,9 @@ def test_a_plan_counts_the_pieces_of_a_clip(capsys: pytest.CaptureFixture[str]) 
     once = {frames: plan["gpus"][0]["seconds"][STREAM] for frames, plan in plans.items()}
     transformer = plans[8]["gpus"][0]["seconds"]["transformer"] * plans[8]["steps"]
     total = {frames: plan["gpus"][0]["run_seconds"] for frames, plan in plans.items()}
-    assert total[8] == pytest.approx(transformer + 5 * once[8])
-    assert total[40] == pytest.approx(transformer + once[40])
+    assert delay(read(Path(CHECKPOINT)).config.vae) == 60, "33 frames and these are 12 groups of eight"
+    assert total[8] == pytest.approx(transformer + 12 * once[8])
+    assert total[40] == pytest.approx(transformer + 3 * once[40])
 
 
 def test_graphs_for_onnx_runtime_are_made_for_a_stream_only_where_that_is_asked_for(
