@@ -366,6 +366,49 @@ def test_both_decoders_stay_where_there_is_room_for_both(folder: Path) -> None:
     assert decoders == ["vae_decoder", STREAM]
 
 
+def too_large(folder: Path, stage: str, activations: int) -> None:
+    """More than a small card has."""
+    manifest = bundles.read(folder)
+    engines = tuple(
+        e.model_copy(update={"activations": activations}) if e.key.stage == stage else e
+        for e in manifest.engines
+    )
+    bundles.update(folder, manifest.model_copy(update={"engines": engines}))
+
+
+SHORT = replace(WISHES, num_frames=9)
+INSTEAD = f"too little for the whole clip, {STREAM} takes its place"
+
+
+@pytest.mark.parametrize("memory", list(Memory))
+@pytest.mark.parametrize("wishes", [(SHORT, SHORT), (WISHES, SHORT), (SHORT, WISHES)])
+def test_without_room_for_the_whole_decoder_clips_are_decoded_as_a_stream(
+    folder: Path, memory: Memory, wishes: tuple[Wishes, ...]
+) -> None:
+    engine_bundles.add(folder, Engines((VideoShape(9, 64, 96),), ("vae_decoder",)))
+    too_large(folder, "vae_decoder", 2**40)
+    machine = Machine()
+    clips, notes = machine.made(folder, Choice(memory=memory), *wishes)
+    assert [frames_of(chunks).tobytes() for chunks in clips] == whole(folder, *wishes)
+    decoders = [name for _, name in machine.gpu.named("load") if name.startswith("vae")]
+    assert set(decoders) == {STREAM}
+    assert sum(note.endswith(INSTEAD) for note in notes) == wishes.count(SHORT)
+    assert "vae_decoder: 16 frames at a time, as with --vae-tile stream" in notes
+
+
+def test_with_room_for_the_whole_decoder_nothing_takes_its_place(folder: Path) -> None:
+    engine_bundles.add(folder, Engines((VideoShape(9, 64, 96),), ("vae_decoder",)))
+    _, notes = Machine().made(folder, Choice(), SHORT)
+    assert not any(INSTEAD in note for note in notes)
+
+
+def test_a_clip_that_is_wished_whole_is_refused_without_room(folder: Path) -> None:
+    engine_bundles.add(folder, Engines((VideoShape(9, 64, 96),), ("vae_decoder",)))
+    too_large(folder, "vae_decoder", 2**40)
+    with pytest.raises(UserError, match="of the GPU's memory"):
+        Machine().made(folder, Choice(vae_tile=VaeTile.off), SHORT)
+
+
 REFUSALS: dict[str, tuple[Engines, VaeTile | VideoShape, str]] = {
     "stream without one": (
         Engines((CLIP,), ("vae_decoder",)),
