@@ -300,7 +300,7 @@ def test_a_plan_counts_the_pieces_of_a_clip(capsys: pytest.CaptureFixture[str]) 
     once = {frames: plan["gpus"][0]["seconds"][STREAM] for frames, plan in plans.items()}
     transformer = plans[8]["gpus"][0]["seconds"]["transformer"] * plans[8]["steps"]
     total = {frames: plan["gpus"][0]["run_seconds"] for frames, plan in plans.items()}
-    assert delay(read(Path(CHECKPOINT)).config.vae) == 60, "33 frames and these are 12 groups of eight"
+    assert delay(read(Path(CHECKPOINT)).config.vae) == 60, "33 and these are 12 groups of eight"
     assert total[8] == pytest.approx(transformer + 12 * once[8])
     assert total[40] == pytest.approx(transformer + 3 * once[40])
 
