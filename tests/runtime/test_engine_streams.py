@@ -17,13 +17,13 @@ from ltx_engines import bundle as bundles
 from ltx_engines.bundle import open_bundle
 from ltx_engines.errors import UserError
 from ltx_engines.manifest import OnnxRuntimeEntry
-from ltx_engines.shapes import VideoShape
+from ltx_engines.shapes import VideoShape, parse
 from ltx_engines.stages import STREAM
 from ltx_engines.targets import Flavour
 from ltx_trt.backend import Backend, Choice, Memory, Providers, VaeTile
 from ltx_trt.pipeline import Decoded, frames_of, generate, plan
 from ltx_trt.request import Wishes, resolve
-from ltx_trt.session import Session, needs, tensorrt_adapter, vae_tiles
+from ltx_trt.session import Session, buckets, needs, tensorrt_adapter, vae_tiles
 from ltx_trt.session import sizes as sizes_of_clips
 from ltx_trt.session.bundle_stages import EngineStages, Stages
 from ltx_trt.session.choice import open_stages
@@ -465,6 +465,31 @@ def test_a_server_warms_up_with_the_longest_clip_of_the_transformer(folder: Path
     with open_stages(folder, Choice(), open_device=Machine()) as stages:
         assert isinstance(stages, EngineStages)
         assert stages.clips() == (CLIP,)
+
+
+@pytest.mark.parametrize(
+    ("built", "wanted"),
+    [
+        ("96x64x33 192x128x33", "96x64x33 192x128x33"),
+        ("192x128x33 96x64x33", "192x128x33 96x64x33"),
+        ("96x64x9 96x64x33 192x128x33", "96x64x33 192x128x33"),
+        ("96x64x49 192x128x33", "96x64x49 192x128x33"),
+        ("96x64x57 192x128x9", "96x64x57 192x128x9"),
+        ("96x64x33 64x96x33", "96x64x33 64x96x33"),
+        ("192x128x33", "192x128x33"),
+    ],
+)
+def test_tokens_are_read_as_the_clips_that_were_built(
+    graphs: Path, built: str, wanted: str
+) -> None:
+    """A clip of four times the rows and columns has the tokens of one four times as long."""
+    clips = tuple(map(parse, built.split()))
+    engine_bundles.add(graphs, Engines(clips, ("text_encoder", "transformer")))
+    pieces = tuple(dict.fromkeys(replace(clip, frames=9) for clip in clips))
+    engine_bundles.add(graphs, Engines(pieces, (STREAM,), branches=1))
+    with open_stages(graphs, Choice(), open_device=Machine()) as stages:
+        assert isinstance(stages, EngineStages)
+        assert " ".join(map(buckets.word, stages.clips())) == wanted
 
 
 def test_a_server_of_one_model_makes_the_same_clip_again_and_again(folder: Path) -> None:
