@@ -324,9 +324,12 @@ def _place(path: Path, finished: _Finished, folder: Path) -> None:
 
 
 def _useless(manifest: Manifest, work: Work) -> Iterator[EngineEntry]:
-    """Engines of the stage, for other GPUs too, that nothing runs: of other graphs or weights."""
+    """Engines of the stage, for other GPUs too, that nothing runs: of other graphs or weights. A
+    decoder takes the place of the other one."""
+    stage = work.key.stage
+    stages = engine_stages.DECODERS if stage in engine_stages.DECODERS else (stage,)
     for engine in manifest.engines:
-        if engine.key.stage != work.key.stage or engine in work.old:
+        if engine.key.stage not in stages or engine in work.old:
             continue
         if why := engine_entry.stale(manifest, engine):
             log.warning("%s is deleted: %s since it was built", engine.file, why)

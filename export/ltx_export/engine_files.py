@@ -8,12 +8,12 @@ from platformdirs import user_cache_dir
 from ltx_engines import bundle, hashes
 from ltx_engines.bundle import Bundle, EngineEntry
 from ltx_engines.errors import UserError
-from ltx_engines.stages import OPTIONAL, SAMPLER_STEP, STAGES
+from ltx_engines.stages import OPTIONAL, SAMPLER_STEP, STAGES, STREAM
 
 HASH = "[0-9a-f]{8}"
 OURS = re.compile(
-    rf"(?:{'|'.join((*STAGES, *OPTIONAL, SAMPLER_STEP))})(?:-\d+-of-\d+)?(?:\.sm\d+(?:-sm\d+)*)"
-    rf"\.{HASH}\.(?:engine|layers\.json)"
+    rf"(?:{'|'.join((*STAGES, STREAM, *OPTIONAL, SAMPLER_STEP))})(?:-\d+-of-\d+)?"
+    rf"(?:\.sm\d+(?:-sm\d+)*)\.{HASH}\.(?:engine|layers\.json)"
     rf"|\.?{SAMPLER_STEP}\.{HASH}\.onnx|\.{re.escape(bundle.MANIFEST)}\.{HASH}"
 )
 """Names that only a build gives (`engine_work.Work.name`, `step_graph`, `bundle.update`)."""

@@ -42,6 +42,8 @@ class Plan:
     verdicts: tuple[Verdict, ...]
     left_out: Mapping[str, str]
     """Stages that are not counted, and why."""
+    delay: int = 0
+    """Frames by which a decoder that goes on is late."""
 
     def run_seconds(self, verdict: Verdict) -> float | None:
         """A whole clip: the prompt once, every step, the decoder; None where it cannot be built."""
@@ -54,8 +56,9 @@ class Plan:
 
     @property
     def pieces(self) -> int:
-        """In which a decoder that goes on is given a clip, but for the frames that it is late."""
-        return ceil(self.shape.latent[0] * TIME / (self.question.vae_stream or TIME))
+        """In which a decoder that goes on is given a clip, and as much behind it as it is late."""
+        latents = ceil((self.shape.frames + self.delay) / TIME)
+        return ceil(latents / ((self.question.vae_stream or TIME) // TIME))
 
     @property
     def exit_code(self) -> int:
@@ -76,4 +79,5 @@ def make(
     workshop = Workshop(question, shape, parts)
     stages = tuple(stage_plan(name, workshop) for name in parts)
     verdicts = tuple(verdict(card, stages, workshop) for card in cards)
-    return Plan(question, shape, stages, verdicts, left_out)
+    delay = parts[STREAM].delay if STREAM in parts else 0
+    return Plan(question, shape, stages, verdicts, left_out, delay)

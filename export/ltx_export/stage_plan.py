@@ -20,6 +20,7 @@ from ltx_export.plan_question import OWN, Number, Question, float_type, number
 from ltx_export.sources import PREFIXES, Sources, check_fit
 from ltx_ref import quantization
 from ltx_ref.checkpoint import TensorInfo
+from ltx_ref.ltx_video.vae_stream_config import delay
 from ltx_ref.quantization import Layer
 
 # TensorRT-RTX 1.7.1 for SM89 on 2 CPU cores, 2026-11, benchmarks/plan.py.
@@ -63,13 +64,14 @@ class Part:
     """A stage's graph, in the type that `float_type` gives, and its weights' entries in the files.
 
     `derived` are the axes that follow from others; `layers` are quantized in the files, by the
-    names of their weights.
+    names of their weights; `delay` are frames, of a decoder that goes on.
     """
 
     model: ir.Model
     tensors: Mapping[str, TensorInfo]
     derived: Mapping[str, Derived] = field(default_factory=lambda: DERIVED)
     layers: Mapping[str, Layer] = field(default_factory=dict)
+    delay: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,8 @@ def parts(found: Sources, question: Question, stages: Iterable[str]) -> dict[str
         tensors = {name: weights[name].info for name in graphs.weights(stage)}
         layers = _layers(found, stage, tensors)
         graph = graphs.graph(stage, float_type(stage, question, tensors, layers), max(OPSETS))
-        made[stage] = Part(graph, tensors, model.derived(), layers)
+        late = delay(found.config.vae) if stage == STREAM else 0
+        made[stage] = Part(graph, tensors, model.derived(), layers, late)
     return made
 
 

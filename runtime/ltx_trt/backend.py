@@ -44,8 +44,8 @@ class VaeTile(StrEnum):
     """What may be said of the VAE's tiles beside their size."""
 
     auto = "auto"
-    """The clip is given whole if there is room, else a few latent frames at a time, else in
-    tiles."""
+    """The clip is given whole if there is room, and of engines one that takes it; else a few latent
+    frames at a time, else in tiles."""
     stream = "stream"
     """The decoder is given a few latent frames at a time; the encoder as with auto."""
     off = "off"

@@ -98,7 +98,7 @@ TileSize = Annotated[
         metavar="auto|stream|HxWxF|off",
         help="Height, width and frames that the VAE is given at once (ltx-export build-engine has "
         "width first); stream: decode a few frames at a time, in little memory and exactly; auto: "
-        "whole if there is room, else stream.",
+        "whole if there is room (and an engine that takes it), else stream or tiles.",
     ),
 ]
 

@@ -288,7 +288,11 @@ def test_what_the_cache_has_takes_no_memory(
 
 
 OTHERS = ("mine.engine", "my.layers.json", "transformer.engine", "transformer.sm89.0123abc.engine")
-OURS = ("transformer-1-of-2.sm89-sm120.0123abcd.engine", "vae_decoder.sm86.0123abcd.layers.json")
+OURS = (
+    *("transformer-1-of-2.sm89-sm120.0123abcd.engine", "vae_decoder.sm86.0123abcd.layers.json"),
+    *("vae_decoder_stream.sm86.0123abcd.engine", "latent_upsampler.sm86.0123abcd.engine"),
+    "vae_decoder_stream.sm89-sm120.0123abcd.layers.json",
+)
 STEP = ("sampler_step.0123abcd.onnx", ".manifest.json.0123abcd")
 
 

@@ -1,6 +1,7 @@
 """build-engine --vae-stream: an engine of the decoder that is given a few frames at a time."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,21 @@ from ltx_engines import bundle
 from ltx_engines.bundle import Bundle, open_bundle
 from ltx_engines.errors import UserError
 from ltx_engines.stages import STREAM
-from ltx_export import cli, engine_bundle, engine_profiles, engine_stages, engine_volumes
+from ltx_export import (
+    build_process,
+    cli,
+    engine_bundle,
+    engine_profiles,
+    engine_source,
+    engine_stages,
+    engine_volumes,
+)
 from ltx_export.engine_order import Order
 from ltx_export.engine_profiles import Buckets
+from ltx_export.sources import read
+from ltx_ref.ltx_video.vae_stream_config import delay
 from ltx_trt.session import needs
+from tests.export import stand_in_builder
 from tests.export.conftest import Exported
 
 SHIPPED = Path(__file__).parents[2] / "runtime/ltx_trt/ltx_tiny"
@@ -107,11 +119,53 @@ def with_stream(exported: Exported, tmp_path_factory: pytest.TempPathFactory) ->
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no stage": ({"stages": ("transformer",), "vae_stream": 16}, "--vae-stream is for the VAE's"),
     "no frames": ({"stages": (STREAM,)}, "give --vae-stream 16, or leave the stage out"),
+    "tiles of no VAE": (
+        {"stages": ("transformer",), "vae_tile": "64x64x9"},
+        "--vae-tile is for the VAE, which is not among the stages",
+    ),
     "tiles": (
         {"stages": (STREAM,), "vae_stream": 16, "vae_tile": "64x64x9"},
         "takes whole rows and columns; leave it out, or name vae_encoder or vae_decoder too",
     ),
 }
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "onnxruntime"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_order_alone_shows_is_said_before_a_graph_is_made(
+    case: str,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("graphs were made")
+
+    monkeypatch.setattr(engine_source, "prepare", never)
+    changes, said = REFUSED[case]
+    words = ["--stages", ",".join(changes["stages"]), "--backend", backend]
+    words += [] if backend == "onnxruntime" else ["--gpu", "sm89"]
+    for option in ("vae_stream", "vae_tile"):
+        words += [f"--{option.replace('_', '-')}={changes[option]}"] if option in changes else []
+    assert cli.main(["build-engine", CHECKPOINT, "--out", "nowhere", *words]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("stages", "wanted"),
+    [
+        (None, None),
+        (("transformer",), ("transformer",)),
+        ((DECODER,), (DECODER, STREAM)),
+        ((STREAM,), (STREAM,)),
+    ],
+)
+def test_the_graph_goes_with_the_decoders(
+    stages: tuple[str, ...] | None, wanted: tuple[str, ...] | None
+) -> None:
+    assert engine_stages.graphs(order(stages=stages, vae_stream=16)) == wanted
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -190,6 +244,39 @@ def test_a_checkpoints_bundle_has_both_graphs_and_later_builds_find_them(tmp_pat
     assert [engine.key.stage for engine in manifest.engines] == [DECODER, STREAM]
 
 
+@pytest.mark.parametrize("stages", [(DECODER, STREAM), (STREAM, DECODER)])
+def test_a_decoder_takes_the_place_of_the_other_one_that_nothing_runs_any_more(
+    with_stream: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    stages: tuple[str, str],
+) -> None:
+    monkeypatch.setattr(build_process, "run", stand_in_builder.run)
+    out = Path(shutil.copytree(with_stream.path, tmp_path / "bundle"))
+    old, new = stages
+    build(out, old)
+    build(out, new)
+    assert [engine.key.stage for engine in bundle.read(out).engines] == [old, new]
+    manifest = bundle.read(out)
+    stale = [
+        e.model_copy(update={"key": e.key.model_copy(update={"graph": "0" * 64})})
+        for e in manifest.engines
+        if e.key.stage == old
+    ]
+    bundle.update(out, manifest.model_copy(update={"engines": tuple(stale)}))
+    build(out, new)
+    assert [engine.key.stage for engine in bundle.read(out).engines] == [new]
+    assert not list(out.glob(f"{old}.sm*"))
+    assert "is deleted: the graph" in caplog.text
+
+
+def build(out: Path, stage: str) -> None:
+    words = ["--stages", stage, "--gpu", "sm89", "--shape", "64x64x9"]
+    words += ["--vae-stream", "8"] if stage == STREAM else []
+    assert cli.main(["build-engine", str(out), *words]) == 0
+
+
 def test_the_decoder_alone_can_be_exported(tmp_path: Path) -> None:
     """Its weights are no other stage's, though another stage has the same."""
     for stage in (DECODER, STREAM):
@@ -213,8 +300,9 @@ def test_a_plan_counts_the_pieces_of_a_clip(capsys: pytest.CaptureFixture[str]) 
     once = {frames: plan["gpus"][0]["seconds"][STREAM] for frames, plan in plans.items()}
     transformer = plans[8]["gpus"][0]["seconds"]["transformer"] * plans[8]["steps"]
     total = {frames: plan["gpus"][0]["run_seconds"] for frames, plan in plans.items()}
-    assert total[8] == pytest.approx(transformer + 5 * once[8])
-    assert total[40] == pytest.approx(transformer + once[40])
+    assert delay(read(Path(CHECKPOINT)).config.vae) == 60, "33 and these are 12 groups of eight"
+    assert total[8] == pytest.approx(transformer + 12 * once[8])
+    assert total[40] == pytest.approx(transformer + 3 * once[40])
 
 
 def test_graphs_for_onnx_runtime_are_made_for_a_stream_only_where_that_is_asked_for(

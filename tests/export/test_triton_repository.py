@@ -243,6 +243,12 @@ def test_a_decoder_that_keeps_a_clip_is_no_model_of_its_own(tmp_path: Path) -> N
     assert [entry.name for entry in repo.iterdir() if entry.is_dir()] == ["ltx_video"]
 
 
+def test_on_onnx_runtime_a_decoder_is_its_graph_whatever_is_built(tmp_path: Path) -> None:
+    folder = streamed(tmp_path / "bundle", "text_encoder", "transformer", STREAM)
+    repo = write(tmp_path / "repo", folder, layout="stages", backend="onnxruntime")
+    assert {entry.name for entry in repo.iterdir() if entry.is_dir()} == {"ltx_video", *STAGES}
+
+
 def test_of_two_decoders_the_one_for_whole_clips_is_the_model(tmp_path: Path) -> None:
     folder = streamed(tmp_path / "bundle", *STAGES, STREAM)
     repo = write(tmp_path / "repo", folder, layout="stages")

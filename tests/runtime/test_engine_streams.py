@@ -17,13 +17,13 @@ from ltx_engines import bundle as bundles
 from ltx_engines.bundle import open_bundle
 from ltx_engines.errors import UserError
 from ltx_engines.manifest import OnnxRuntimeEntry
-from ltx_engines.shapes import VideoShape
+from ltx_engines.shapes import VideoShape, parse
 from ltx_engines.stages import STREAM
 from ltx_engines.targets import Flavour
 from ltx_trt.backend import Backend, Choice, Memory, Providers, VaeTile
 from ltx_trt.pipeline import Decoded, frames_of, generate, plan
 from ltx_trt.request import Wishes, resolve
-from ltx_trt.session import Session, needs, tensorrt_adapter, vae_tiles
+from ltx_trt.session import Session, buckets, needs, tensorrt_adapter, vae_tiles
 from ltx_trt.session import sizes as sizes_of_clips
 from ltx_trt.session.bundle_stages import EngineStages, Stages
 from ltx_trt.session.choice import open_stages
@@ -366,6 +366,49 @@ def test_both_decoders_stay_where_there_is_room_for_both(folder: Path) -> None:
     assert decoders == ["vae_decoder", STREAM]
 
 
+def too_large(folder: Path, stage: str, activations: int) -> None:
+    """More than a small card has."""
+    manifest = bundles.read(folder)
+    engines = tuple(
+        e.model_copy(update={"activations": activations}) if e.key.stage == stage else e
+        for e in manifest.engines
+    )
+    bundles.update(folder, manifest.model_copy(update={"engines": engines}))
+
+
+SHORT = replace(WISHES, num_frames=9)
+INSTEAD = f"too little for the whole clip, {STREAM} takes its place"
+
+
+@pytest.mark.parametrize("memory", list(Memory))
+@pytest.mark.parametrize("wishes", [(SHORT, SHORT), (WISHES, SHORT), (SHORT, WISHES)])
+def test_without_room_for_the_whole_decoder_clips_are_decoded_as_a_stream(
+    folder: Path, memory: Memory, wishes: tuple[Wishes, ...]
+) -> None:
+    engine_bundles.add(folder, Engines((VideoShape(9, 64, 96),), ("vae_decoder",)))
+    too_large(folder, "vae_decoder", 2**40)
+    machine = Machine()
+    clips, notes = machine.made(folder, Choice(memory=memory), *wishes)
+    assert [frames_of(chunks).tobytes() for chunks in clips] == whole(folder, *wishes)
+    decoders = [name for _, name in machine.gpu.named("load") if name.startswith("vae")]
+    assert set(decoders) == {STREAM}
+    assert sum(note.endswith(INSTEAD) for note in notes) == wishes.count(SHORT)
+    assert "vae_decoder: 16 frames at a time, as with --vae-tile stream" in notes
+
+
+def test_with_room_for_the_whole_decoder_nothing_takes_its_place(folder: Path) -> None:
+    engine_bundles.add(folder, Engines((VideoShape(9, 64, 96),), ("vae_decoder",)))
+    _, notes = Machine().made(folder, Choice(), SHORT)
+    assert not any(INSTEAD in note for note in notes)
+
+
+def test_a_clip_that_is_wished_whole_is_refused_without_room(folder: Path) -> None:
+    engine_bundles.add(folder, Engines((VideoShape(9, 64, 96),), ("vae_decoder",)))
+    too_large(folder, "vae_decoder", 2**40)
+    with pytest.raises(UserError, match="of the GPU's memory"):
+        Machine().made(folder, Choice(vae_tile=VaeTile.off), SHORT)
+
+
 REFUSALS: dict[str, tuple[Engines, VaeTile | VideoShape, str]] = {
     "stream without one": (
         Engines((CLIP,), ("vae_decoder",)),
@@ -424,6 +467,31 @@ def test_a_server_warms_up_with_the_longest_clip_of_the_transformer(folder: Path
         assert stages.clips() == (CLIP,)
 
 
+@pytest.mark.parametrize(
+    ("built", "wanted"),
+    [
+        ("96x64x33 192x128x33", "96x64x33 192x128x33"),
+        ("192x128x33 96x64x33", "192x128x33 96x64x33"),
+        ("96x64x9 96x64x33 192x128x33", "96x64x33 192x128x33"),
+        ("96x64x49 192x128x33", "96x64x49 192x128x33"),
+        ("96x64x57 192x128x9", "96x64x57 192x128x9"),
+        ("96x64x33 64x96x33", "96x64x33 64x96x33"),
+        ("192x128x33", "192x128x33"),
+    ],
+)
+def test_tokens_are_read_as_the_clips_that_were_built(
+    graphs: Path, built: str, wanted: str
+) -> None:
+    """A clip of four times the rows and columns has the tokens of one four times as long."""
+    clips = tuple(map(parse, built.split()))
+    engine_bundles.add(graphs, Engines(clips, ("text_encoder", "transformer")))
+    pieces = tuple(dict.fromkeys(replace(clip, frames=9) for clip in clips))
+    engine_bundles.add(graphs, Engines(pieces, (STREAM,), branches=1))
+    with open_stages(graphs, Choice(), open_device=Machine()) as stages:
+        assert isinstance(stages, EngineStages)
+        assert " ".join(map(buckets.word, stages.clips())) == wanted
+
+
 def test_a_server_of_one_model_makes_the_same_clip_again_and_again(folder: Path) -> None:
     machine, found = Machine(), []
     engines = open_stages(folder, Choice(memory=Memory.auto), open_device=machine)
@@ -443,6 +511,52 @@ def test_a_server_of_one_model_makes_the_same_clip_again_and_again(folder: Path)
 def test_no_stage_of_a_clip_is_left_for_the_cpu(folder: Path) -> None:
     with pytest.raises(UserError, match=r"every stage .* runs on the GPU; leave out --threads"):
         open_stages(folder, Choice(threads=2), open_device=Machine())
+
+
+WHOLE, GOES_ON = Engines((CLIP,), ("vae_decoder",)), Engines((PIECE,), (STREAM,), branches=1)
+
+
+@pytest.mark.parametrize("used", [WHOLE, GOES_ON], ids=["whole", "stream"])
+@pytest.mark.parametrize("why", ["card", "version", "graph"])
+def test_of_two_decoders_one_that_runs_here_is_enough(
+    graphs: Path, caplog: pytest.LogCaptureFixture, used: Engines, why: str
+) -> None:
+    other = GOES_ON if used is WHOLE else WHOLE
+    changes: dict[str, Any] = {"card": {"targets": (120,)}, "version": {"version": "1.6.0"}}
+    engine_bundles.add(graphs, Engines((CLIP,), ("text_encoder", "transformer")))
+    engine_bundles.add(graphs, used)
+    engine_bundles.add(graphs, replace(other, **changes.get(why, {})))
+    if why == "graph":
+        make_stale(graphs, other.stages[0])
+    machine = Machine()
+    clips, _ = machine.made(graphs, Choice(), WISHES)
+    assert [frames_of(chunks).tobytes() for chunks in clips] == whole(graphs, WISHES)
+    decoders = [name for _, name in machine.gpu.named("load") if name.startswith("vae")]
+    assert decoders == [*used.stages]
+    said = {"card": "for SM89", "version": "is of 1.6.0, installed is", "graph": "the graph"}
+    (warned,) = [m for m in caplog.messages if "decodes without" in m]
+    assert warned.startswith(f"{used.stages[0]} decodes without {other.stages[0]}: ")
+    assert said[why] in warned
+    assert "ltx-export build-engine" in warned
+
+
+def test_without_a_decoder_that_runs_here_the_first_one_says_why(graphs: Path) -> None:
+    engine_bundles.add(graphs, Engines((CLIP,), ("text_encoder", "transformer")))
+    for other in (WHOLE, GOES_ON):
+        engine_bundles.add(graphs, replace(other, targets=(120,)))
+    with pytest.raises(UserError, match="no engine of vae_decoder for SM89"):
+        Machine().made(graphs, Choice(), WISHES)
+
+
+def make_stale(folder: Path, stage: str) -> None:
+    manifest = bundles.read(folder)
+    engines = tuple(
+        engine.model_copy(update={"key": engine.key.model_copy(update={"graph": "0" * 64})})
+        if engine.key.stage == stage
+        else engine
+        for engine in manifest.engines
+    )
+    bundles.update(folder, manifest.model_copy(update={"engines": engines}))
 
 
 def test_graphs_that_go_on_are_no_reason_to_say_that_an_engine_is_missing(graphs: Path) -> None:

@@ -62,7 +62,7 @@ def write(bundle: Path, out: Path, order: Order) -> tuple[str, ...]:
     found = open_bundle(bundle)
     for stage in served(found.manifest):
         found.stage(stage)
-    if order.settings.layout == "stages":
+    if order.settings.layout == "stages" and order.settings.backend != "onnxruntime":
         _check_decoder(found)
     with _replacing(out, overwrite=order.overwrite) as folder:
         _link_bundle(found, folder / BUNDLE)

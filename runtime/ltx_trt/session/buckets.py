@@ -1,6 +1,7 @@
 """Which clips the engines of a bundle take, by the manifest: before one is opened."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from ltx_engines.cache_key import Profile
 from ltx_engines.engine_entry import Chain
@@ -33,13 +34,28 @@ def endless(stream: Chain, transformer: Chain) -> Iterator[VideoShape]:
     """Of a decoder that takes clips of any length: the longest of each size that the transformer's
     engines were built for."""
     known = transformer[0].key.profiles if transformer else ()
-    tokens = [one["tokens"][2] for one in known if one["timesteps"][2] == 1]
-    for profile in stream[0].key.profiles:
-        frames, rows, columns = (profile[axis][2] for axis in GRID)
-        lengths = [t // (rows * columns) for t in tokens if t % (rows * columns) == 0]
-        if lengths or not known:
-            longest = max(lengths, default=frames)
+    tokens = {one["tokens"][2] for one in known if one["timesteps"][2] == 1}
+    grids = [tuple(one[axis][2] for axis in GRID) for one in stream[0].key.profiles]
+    lengths = _lengths(tokens, {rows * columns for _, rows, columns in grids})
+    for frames, rows, columns in grids:
+        longest = lengths.get(rows * columns) if known else frames
+        if longest is not None:
             yield VideoShape(TIME * (longest - 1) + 1, SPACE * rows, SPACE * columns)
+
+
+def _lengths(tokens: Collection[int], sizes: Collection[int]) -> dict[int, int]:
+    """The longest clip in latent frames of each size, which is in cells. Tokens may be those of a
+    few large frames, or of many small ones: of the length that most clips have then, or else the
+    shorter one. A size of which no tokens are left has the shortest that it may have."""
+    readings = [{size: t // size for size in sizes if t % size == 0} for t in tokens]
+    common = Counter(length for reading in readings for length in reading.values())
+    taken = dict[int, int]()
+    for reading in filter(None, readings):
+        length = max(reading.values(), key=lambda one: (common[one], -one))
+        size = next(size for size, one in reading.items() if one == length)
+        taken[size] = max(length, taken.get(size, 0))
+    shortest = {size: min(r[size] for r in readings if size in r) for r in readings for size in r}
+    return shortest | taken
 
 
 def word(clip: VideoShape) -> str:

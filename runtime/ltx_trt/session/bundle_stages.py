@@ -1,6 +1,6 @@
 """The stages of one bundle while clips are made of it: opened when needed, closed after or kept."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -120,6 +120,7 @@ class EngineStages:
         return (
             *self._missing(planned),
             *self._scarce(),
+            *self._instead(planned),
             *self._policy(),
             *self._graphs.notes(planned, self._on_engines()),
             *vae_tiles.notes(grids, self._tiles),
@@ -173,7 +174,7 @@ class EngineStages:
         """One that is opened when it is known for what clip, if there are two to choose from."""
         if STREAM not in self._chains:
             return self._open(stage)
-        return DecoderSession(stage, self._open, self._tiles[stage])
+        return DecoderSession(stage, self._open, lambda grid: self._tiles[stage](grid))
 
     def _chain(self, stage: str) -> Chain:
         if stage not in self._chains:  # whoever asks for it has no clip that says which decoder
@@ -235,17 +236,31 @@ class EngineStages:
         used = self._used.union(self._as_built(planned))
         if self._plan and (loop, used) == (self._loop, self._used):
             return
-        before, self._used = self._plan, used
-        self._plan = {row.need.stage: row for row in self._residencies(self._needs(loop))}
-        self._loop = loop
-        if not self._keeps or any(r.room != self._plan[s].room for s, r in before.items()):
+        before = self._plan
+        try:
+            rows = self._residencies(self._needs(loop, used))
+        except UserError:
+            if DECODER not in used or (less := self._streaming(planned)) is None:
+                raise
+            used = used - {DECODER} | {STREAM}
+            rows = self._residencies(self._needs(loop, used))
+            self._tiles[DECODER] = less
+        self._plan, self._used, self._loop = {row.need.stage: row for row in rows}, used, loop
+        rooms = {stage: row.room for stage, row in self._plan.items()}
+        if not self._keeps or any(row.room != rooms.get(s) for s, row in before.items()):
             close_all(partial(one.__exit__, None, None, None) for one in self._kept.take())
 
-    def _needs(self, loop: int) -> list[Need]:
+    def _streaming(self, planned: Planned) -> EngineTiles | None:
+        """What the decoder is given where there is no room for the one for whole clips; None if
+        the other does not take this clip, or is not wished."""
+        less = replace(self._tiles[DECODER], scarce=True)
+        return less if isinstance(_chosen(less, planned.shape.latent), Streamed) else None
+
+    def _needs(self, loop: int, used: Collection[str]) -> list[Need]:
         step, manifest = self._chains.get(SAMPLER_STEP, ()), self.bundle.manifest
         found = []
         for stage, chain in self._chains.items():
-            if stage not in self._used:
+            if stage not in used:
                 continue
             if stage == TRANSFORMER:
                 need = needed(manifest, chain, step)
@@ -298,6 +313,16 @@ class EngineStages:
         if wished <= self._budget:
             return ()
         return (f"of --device-memory {said(wished)}, {said(self._budget)} can be used",)
+
+    def _instead(self, planned: Planned) -> tuple[str, ...]:
+        """That a clip is not decoded whole though an engine takes it."""
+        choose = self._tiles.get(DECODER)
+        if choose is None or not choose.scarce or DECODER not in planned.stages:
+            return ()
+        if replace(choose, scarce=False)(planned.shape.latent) is not None:
+            return ()
+        size = said(self._budget)
+        return (f"{DECODER}: {size} are too little for the whole clip, {STREAM} takes its place",)
 
     def _missing(self, planned: Planned) -> tuple[str, ...]:
         wished = {TEXT_ENCODER} if self._choice.text_encoder is TextEncoderDevice.cpu else set()

@@ -6,7 +6,8 @@ Whatever is missing is said in this order, so that nobody waits for gigabytes to
 is another one. Of two libraries the first is taken that is installed and has engines for this card.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +21,24 @@ from ltx_engines.stages import SAMPLER_STEP, STREAM
 from ltx_engines.targets import Flavour
 from ltx_trt.backend import Backend, Choice, TextEncoderDevice
 from ltx_trt.session import onnxruntime_session, tensorrt_adapter
-from ltx_trt.session.bundle_stages import SOMETIMES, USED, EngineStages, Stages, computed
+from ltx_trt.session.bundle_stages import (
+    DECODER,
+    SOMETIMES,
+    USED,
+    EngineStages,
+    Stages,
+    computed,
+)
 from ltx_trt.session.device import Device
 from ltx_trt.session.driver import DeviceError
 from ltx_trt.session.engine_api import EngineError
 from ltx_trt.session.graph_stages import TEXT_ENCODER, OnnxRuntimeStages
 
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
+
+DECODERS = (DECODER, STREAM)
+
+log = logging.getLogger(__name__)
 
 OpenDevice = Callable[[Flavour], Device]
 
@@ -181,22 +193,46 @@ def _chains(built: _Built, device: Device) -> dict[str, Chain]:
     if not any(capability in engine.key.targets for engine in engines):
         here = f"this GPU is SM{capability} ({device.driver.name})"
         raise _MisfitError(f"{said}, {here}", again)
-    chains = {}
+    chains, unusable = dict[str, Chain](), dict[str, _MisfitError]()
     for stage in (*USED, *SOMETIMES, STREAM, SAMPLER_STEP):
         if stage not in built.aside and any(engine.key.stage == stage for engine in engines):
             try:
-                chains[stage] = chain = engine_entry.choose(
-                    built.folder, built.manifest, stage, capability, flavour
-                )
-            except UserError as error:
-                raise _MisfitError(f"{said}, but {error}") from error
-            if (version := chain[0].key.version) != device.library.version:
-                raise _MisfitError(
-                    f"{said}, of which that of {stage} is of {version}, installed is "
-                    f"{device.library.version}",
-                    again,
-                )
+                chains[stage] = _chain(built, stage, device)
+            except _MisfitError as misfit:
+                if stage not in DECODERS:
+                    raise
+                unusable[stage] = misfit
+    _check_decoders(built, chains, unusable)
     return chains
+
+
+def _chain(built: _Built, stage: str, device: Device) -> Chain:
+    capability, flavour = device.driver.capability, device.library.flavour
+    said = f"engines of {flavour} for {_cards(built.engines(flavour))}"
+    try:
+        chain = engine_entry.choose(built.folder, built.manifest, stage, capability, flavour)
+    except UserError as error:
+        raise _MisfitError(f"{said}, but {error}") from error
+    if (version := chain[0].key.version) != device.library.version:
+        raise _MisfitError(
+            f"{said}, of which that of {stage} is of {version}, installed is "
+            f"{device.library.version}",
+            built.again(f"sm{capability}"),
+        )
+    return chain
+
+
+def _check_decoders(
+    built: _Built, chains: Mapping[str, Chain], unusable: Mapping[str, _MisfitError]
+) -> None:
+    """One is enough: cards may have different ones, and a build may leave one as it was."""
+    usable = [stage for stage in DECODERS if stage in chains]
+    for stage, misfit in unusable.items():
+        if not usable:
+            raise misfit
+        log.warning(
+            f"{usable[0]} decodes without {stage}: {built.folder} has {misfit}{misfit.advice}"
+        )
 
 
 def _cards(engines: Sequence[EngineEntry]) -> str:

@@ -89,13 +89,15 @@ class TileSession:
 @dataclass(frozen=True, slots=True)
 class EngineTiles:
     """Such as one of the profiles takes. `streams` are those of a decoder that goes on: if it is
-    the only one, `profiles` has none."""
+    the only one, `profiles` has none. `scarce`: there is no room for the other, which then is for
+    clips that no stream takes."""
 
     stage: str
     profiles: Sequence[Profile]
     manifest: Manifest
     wish: Wish
     streams: Sequence[Profile] = ()
+    scarce: bool = False
 
     def __call__(self, grid: Grid) -> Cut:
         """
@@ -109,9 +111,12 @@ class EngineTiles:
             return None
         if self.wish is VaeTile.stream and self.stage == DECODER:
             return self._streamed(grid) or self._refuse_stream(grid)
+        stream = self._streamed(grid)
+        if self.scarce and stream is not None:
+            return stream
         if self.profiles and not self.lacks(grid):
             return None
-        if (stream := self._streamed(grid)) is not None:
+        if stream is not None:
             return stream
         if not self.profiles:
             self._refuse_stream(grid)
