@@ -23,7 +23,7 @@ lint: $(DEV)/.ready
 triton: $(DEV)/.ready
 	tools/install_triton.sh $(TRITON) $(DEV)/bin/python
 
-# The traced graphs that the exporter ships, made anew from ltx_ref (three minutes).
+# The traced graphs that the exporter ships, made anew from ltx_ref (five minutes).
 templates: $(DEV)/.ready
 	$(DEV)/bin/python tools/make_templates.py
 

@@ -1,6 +1,6 @@
 """Trace the stages of every released model, and of ltx-tiny, into the templates that are shipped.
 
-    python tools/make_templates.py [--only STAGE]      (three minutes on two cores)
+    python tools/make_templates.py [--only STAGE]      (five minutes on two cores)
 
 A template that is no longer anybody's is deleted. `tests/export/test_templates.py` traces some of
 them again and compares.

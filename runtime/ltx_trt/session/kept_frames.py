@@ -26,7 +26,7 @@ def kept_bytes(entry: StageEntry, grid: tuple[int, ...]) -> int:
     return sum((4 if t.dtype == "float32" else 2) * prod(shape(t, grid)) for t in past)
 
 
-def shape(tensor: TensorEntry, grid: tuple[int, ...]) -> tuple[int, ...]:
-    """For one clip of so many latent frames, rows and columns."""
-    known = sizes.of_grid(grid) | {"batch": 1}
+def shape(tensor: TensorEntry, grid: tuple[int, ...], clips: int = 1) -> tuple[int, ...]:
+    """For clips of so many latent frames, rows and columns."""
+    known = sizes.of_grid(grid) | {"batch": clips}
     return tuple(axis if isinstance(axis, int) else known[axis] for axis in tensor.axes)

@@ -12,7 +12,7 @@ from math import prod
 from types import TracebackType
 from typing import Self
 
-from ltx_engines.bundle import StageEntry, TensorEntry
+from ltx_engines.bundle import StageEntry
 from ltx_engines.stages import NEXT, PAST
 from ltx_trt.session import Array, Feeds, Session, check_feeds, sizes
 from ltx_trt.session.closing import told
@@ -20,6 +20,7 @@ from ltx_trt.session.device import Device
 from ltx_trt.session.driver import Address
 from ltx_trt.session.element_types import stored
 from ltx_trt.session.engine_api import Shape
+from ltx_trt.session.kept_frames import shape
 from ltx_trt.session.runner import Runner
 from ltx_trt.session.tensorrt_session import TensorRTSession
 
@@ -74,12 +75,8 @@ class StreamSession(TensorRTSession):
     def _kept(self, latents: Shape) -> dict[str, Shape]:
         """The shape of each tensor that is kept, for such latents."""
         batch, _, *grid = latents
-        known = sizes.of_grid(tuple(grid)) | {"batch": batch}
-        return {
-            tensor.name: _shape(tensor, known)
-            for tensor in self._entry.inputs
-            if _is_kept(tensor.name)
-        }
+        kept = (tensor for tensor in self._entry.inputs if _is_kept(tensor.name))
+        return {tensor.name: shape(tensor, tuple(grid), batch) for tensor in kept}
 
 
 class _Clip:
@@ -118,7 +115,3 @@ def _twin(name: str) -> str:
     if name.startswith(PAST):
         return name.replace(PAST, NEXT, 1)
     return name.replace(NEXT, PAST, 1) if name.startswith(NEXT) else name
-
-
-def _shape(tensor: TensorEntry, known: Mapping[str, int]) -> Shape:
-    return tuple(axis if isinstance(axis, int) else known[axis] for axis in tensor.axes)
