@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ltx_engines.bundle import Bundle, open_bundle
+from ltx_engines.stages import DECODER
 from ltx_trt import encoder, tiles
 from ltx_trt.decoder import Decoding, decode, to_frames
 from ltx_trt.noise import Noise
@@ -28,7 +29,7 @@ from ltx_trt.request import Wishes, resolve
 from ltx_trt.session import Feeds, Session
 from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
 from ltx_trt.session.vae_streams import DecoderSession
-from ltx_trt.session.vae_tiles import DECODER, word
+from ltx_trt.session.vae_tiles import word
 from ltx_trt.tiles import Cut, Grid, Streamed
 
 Floats = NDArray[np.float32]

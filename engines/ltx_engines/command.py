@@ -41,7 +41,7 @@ def invoke(
     except MemoryError as error:
         return _complain(name, f"out of memory; ask for less at once ({error})", 2)
     except errors as error:
-        return _complain(name, _said(error), 2)
+        return _complain(name, said(error), 2)
     except usage_error as error:
         return _complain(name, _misused(error, name), 2)
     except (typer.Abort, KeyboardInterrupt):
@@ -67,7 +67,7 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     """An OSError's own text begins with its number."""
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"

@@ -18,9 +18,11 @@ STAGES = ("text_encoder", "transformer", "vae_encoder", "vae_decoder")
 OPTIONAL = ("latent_upsampler",)
 """Stages whose weights are in a file of their own, which a pipeline may do without."""
 
-STREAM = "vae_decoder_stream"
-"""The VAE's decoder once more, from the same weights: for a clip that it is given a few latent
+DECODER, STREAM = "vae_decoder", "vae_decoder_stream"
+"""The VAE's decoder, and once more, from the same weights: for a clip that it is given a few latent
 frames at a time."""
+
+DECODERS = (DECODER, STREAM)
 
 SAMPLER_STEP = "sampler_step"
 """Guidance and one step of the sampler: no model's, made where the transformer's engine is."""

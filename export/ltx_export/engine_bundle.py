@@ -23,7 +23,7 @@ from platformdirs import user_cache_dir
 from ltx_engines import bundle, cache_key, engine_entry, hashes
 from ltx_engines.bundle import Bundle, EngineEntry, FileEntry, Manifest
 from ltx_engines.errors import UserError
-from ltx_engines.stages import SAMPLER_STEP, sampler_step
+from ltx_engines.stages import DECODERS, SAMPLER_STEP, sampler_step
 from ltx_export import (
     build_process,
     engine_cache,
@@ -327,7 +327,7 @@ def _useless(manifest: Manifest, work: Work) -> Iterator[EngineEntry]:
     """Engines of the stage, for other GPUs too, that nothing runs: of other graphs or weights. A
     decoder takes the place of the other one."""
     stage = work.key.stage
-    stages = engine_stages.DECODERS if stage in engine_stages.DECODERS else (stage,)
+    stages = DECODERS if stage in DECODERS else (stage,)
     for engine in manifest.engines:
         if engine.key.stage not in stages or engine in work.old:
             continue

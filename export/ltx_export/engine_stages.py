@@ -5,14 +5,12 @@ from typing import TYPE_CHECKING
 
 from ltx_engines.bundle import Bundle
 from ltx_engines.errors import UserError
-from ltx_engines.stages import SAMPLER_STEP, STREAM
+from ltx_engines.stages import DECODER, DECODERS, SAMPLER_STEP, STREAM
 from ltx_export.engine_profiles import VAE
 
 if TYPE_CHECKING:
     from ltx_export.engine_order import Order
 
-DECODER = "vae_decoder"
-DECODERS = (DECODER, STREAM)
 
 NO_DECODER = "--vae-stream is for the VAE's decoder, which is not among the stages; leave it out"
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import ENLARGES, TIME, VideoShape
-from ltx_engines.stages import OPTIONAL, STAGES, STREAM
+from ltx_engines.stages import DECODER, OPTIONAL, STAGES, STREAM
 from ltx_engines.targets import Precision
 from ltx_export.axes import DERIVED, Derived
 from ltx_export.concrete_shapes import Array
@@ -121,9 +121,6 @@ def choose(found: Sources, wanted: Iterable[str] | None, question: Question) -> 
     else:
         stages = tuple(dict.fromkeys((*choice.stages, STREAM)))
     return Choice(stages, choice.left_out)
-
-
-DECODER = "vae_decoder"
 
 
 def _choose(found: Sources, wanted: Iterable[str] | None) -> Choice:

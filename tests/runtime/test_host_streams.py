@@ -16,7 +16,7 @@ pytest.importorskip("onnxruntime")
 from ltx_engines.bundle import Bundle, StageEntry, open_bundle
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
-from ltx_engines.stages import NEXT, PAST, STREAM
+from ltx_engines.stages import DECODER, NEXT, PAST, STREAM
 from ltx_trt import encoder, tiles
 from ltx_trt.backend import Backend, Choice, VaeTile
 from ltx_trt.cli import SHIPPED
@@ -28,7 +28,7 @@ from ltx_trt.session import vae_tiles
 from ltx_trt.session.choice import open_stages
 from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
 from ltx_trt.session.vae_streams import DecoderSession
-from ltx_trt.session.vae_tiles import DECODER, PIECES, HostTiles
+from ltx_trt.session.vae_tiles import PIECES, HostTiles
 from ltx_trt.tiles import Cut, Grid, Streamed
 
 Floats = NDArray[np.float32]

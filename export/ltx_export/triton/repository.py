@@ -21,7 +21,7 @@ from uuid import uuid4
 
 from ltx_engines.bundle import MANIFEST, Bundle, open_bundle
 from ltx_engines.errors import UserError
-from ltx_engines.stages import STREAM
+from ltx_engines.stages import DECODER, STREAM
 from ltx_engines.triton_model import VIDEO, served
 from ltx_engines.triton_plans import plans
 from ltx_engines.triton_settings import Settings
@@ -36,7 +36,6 @@ BUNDLE = f"{VIDEO}/1/bundle"
 INVENTORY = "repository.json"
 """What makes a folder a repository of ours."""
 
-DECODER = "vae_decoder"
 
 VIDEO_PY = "from ltx_trt.triton.video_model import TritonPythonModel as TritonPythonModel\n"
 STAGE_PY = "from ltx_trt.triton.stage_model import TritonPythonModel as TritonPythonModel\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 from time import sleep
 from uuid import uuid4
 
+from ltx_engines import command
 from ltx_engines.bundle import Bundle, read
 from ltx_engines.errors import UserError
 from ltx_trt import media
@@ -131,7 +132,7 @@ def _said_of(job: Job) -> Iterator[None]:
             raise
         raise UserError(f"{job.where}: {error}") from error
     except OSError as error:
-        raise UserError(f"{job.where}: {error.filename}: {error.strerror}") from error
+        raise UserError(f"{job.where}: {command.said(error)}") from error
 
 
 def _planned(job: Job, place: Place, batch: Batch, bundle: Bundle) -> Planned:

@@ -11,7 +11,7 @@ from ltx_engines.byte_sizes import said
 from ltx_engines.engine_entry import Chain
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import VideoShape
-from ltx_engines.stages import SAMPLER_STEP, STREAM
+from ltx_engines.stages import DECODER, SAMPLER_STEP, STREAM
 from ltx_trt.backend import Choice, Memory, TextEncoderDevice
 from ltx_trt.passes import UPSAMPLER
 from ltx_trt.pipeline import Planned
@@ -34,7 +34,7 @@ from ltx_trt.session.vae_streams import DecoderSession
 from ltx_trt.session.vae_tiles import EngineTiles, TileSession
 from ltx_trt.tiles import Cut, Grid, Streamed
 
-TRANSFORMER, DECODER = "transformer", "vae_decoder"
+TRANSFORMER = "transformer"
 USED = (TEXT_ENCODER, TRANSFORMER, DECODER)
 """The stages of every clip, in order of use."""
 

@@ -17,12 +17,11 @@ from ltx_engines.cache_key import targets
 from ltx_engines.engine_entry import Chain, EngineEntry
 from ltx_engines.errors import UserError
 from ltx_engines.libraries import COMMANDS
-from ltx_engines.stages import SAMPLER_STEP, STREAM
+from ltx_engines.stages import DECODERS, SAMPLER_STEP, STREAM
 from ltx_engines.targets import Flavour
 from ltx_trt.backend import Backend, Choice, TextEncoderDevice
 from ltx_trt.session import onnxruntime_session, tensorrt_adapter
 from ltx_trt.session.bundle_stages import (
-    DECODER,
     SOMETIMES,
     USED,
     EngineStages,
@@ -36,7 +35,6 @@ from ltx_trt.session.graph_stages import TEXT_ENCODER, OnnxRuntimeStages
 
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
 
-DECODERS = (DECODER, STREAM)
 
 log = logging.getLogger(__name__)
 

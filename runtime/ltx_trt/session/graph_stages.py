@@ -8,7 +8,7 @@ from typing import Self
 
 from ltx_engines.bundle import Bundle
 from ltx_engines.providers import Provider
-from ltx_engines.stages import SAMPLER_STEP, STREAM
+from ltx_engines.stages import DECODER, SAMPLER_STEP, STREAM
 from ltx_trt.backend import Choice, TextEncoderDevice
 from ltx_trt.pipeline import Planned
 from ltx_trt.prompt_cache import Encoder, PromptCache, RememberingEncoder
@@ -27,7 +27,7 @@ from ltx_trt.session.kept import Kept
 from ltx_trt.session.memory import Watch
 from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
 from ltx_trt.session.vae_streams import DecoderSession
-from ltx_trt.session.vae_tiles import DECODER, TileSession
+from ltx_trt.session.vae_tiles import TileSession
 
 TEXT_ENCODER = "text_encoder"
 

@@ -13,9 +13,7 @@ from itertools import accumulate
 
 from ltx_engines.byte_sizes import said
 from ltx_engines.errors import UserError
-from ltx_engines.stages import STREAM
-
-DECODER = "vae_decoder"
+from ltx_engines.stages import DECODER, STREAM
 
 ALLOWANCE = 20
 """One part in so many. A choice, not a measurement."""

@@ -19,7 +19,7 @@ from ltx_engines.byte_sizes import said
 from ltx_engines.cache_key import Profile
 from ltx_engines.errors import UserError
 from ltx_engines.shapes import SPACE, TIME, VideoShape
-from ltx_engines.stages import STREAM
+from ltx_engines.stages import DECODER, STREAM
 from ltx_ref.checkpoint import CheckpointError, read_header
 from ltx_trt import tiles
 from ltx_trt.backend import Choice, Providers, VaeTile
@@ -28,7 +28,6 @@ from ltx_trt.session.kept_frames import kept_bytes
 from ltx_trt.session.onnxruntime_session import CPU, provider_name
 from ltx_trt.tiles import LEAST, Cut, Grid, Streamed
 
-DECODER = "vae_decoder"
 VAE = frozenset({"vae_encoder", DECODER})
 
 Wish = VaeTile | VideoShape
