@@ -14,6 +14,7 @@ class Board:
 
     def __init__(self) -> None:
         self.values: dict[tuple[str, ...], list[float]] = {}
+        self.told: list[str] = []
         self.words = 0
         self.busy = False
 
@@ -43,6 +44,7 @@ class Line:
         assert not self.board.busy, "two threads at once end the server"
         self.board.busy = True
         self.board.values[self.key].append(value)
+        self.board.told.append(self.key[0])
         self.board.words += 1
         self.board.busy = False
 
@@ -75,6 +77,24 @@ def test_a_request_is_told_when_it_ends_and_its_steps_are_kept_until_then() -> N
     assert board.values["ltx_pass_requests", "model=m"] == [4.0]
     assert board.sum("ltx_requests_done_total", "model=m") == 1
     assert board.sum("ltx_requests_running", "model=m") == 0
+
+
+def test_the_end_of_a_request_is_told_after_all_else_of_it() -> None:
+    """Also where another's end, of the same kind, has been noted before this one's begin."""
+    board = Board()
+    meter = Meter(board.make, "m", clock=lambda: 0.0)
+    meter._add("ltx_requests_cancelled_total", 1.0)
+    with meter.running():
+        meter.step(0.5)
+        meter.shared(1)
+    meter.ended("cancelled")
+    assert board.told[-1] == "ltx_requests_cancelled_total"
+    assert set(board.told[:-1]) == {
+        "ltx_step_seconds",
+        "ltx_pass_requests",
+        "ltx_requests_running",
+    }
+    assert board.sum("ltx_requests_cancelled_total", "model=m") == 2
 
 
 def test_a_long_request_is_told_once_a_second() -> None:

@@ -82,13 +82,14 @@ class Meter:
             self.flush()
 
     def flush(self) -> None:
+        """The ends of requests last: who reads of one, meanwhile too, finds all of it told."""
         with self._lock:
             sums, self._sums = self._sums, {}
             seen, self._seen = self._seen, []
-            for key, value in sums.items():
-                self._of(key).increment(value)
             for key, value in seen:
                 self._of(key).observe(value)
+            for key in sorted(sums, key=self._is_counted):
+                self._of(key).increment(sums[key])
             self._flushed = self._clock()
 
     def _observe(self, value: float, *key: str) -> None:
@@ -104,6 +105,9 @@ class Meter:
     def _flush_in_time(self) -> None:
         if self._clock() - self._flushed > FLUSH:
             self.flush()
+
+    def _is_counted(self, key: Key) -> bool:
+        return self._rows[key[0]].kind == "counter"
 
     def _of(self, key: Key) -> Series:
         if key not in self._series:
