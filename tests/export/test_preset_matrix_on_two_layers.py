@@ -1,8 +1,9 @@
 """Every preset x every kind of flag, by the command line, on a two-layer model of its family.
 
 A family is what a release's metadata says but for its widths and the number of its blocks; its
-graphs are exported as those of a release are. The presets that are guided name blocks that a model
-of two has not got: they are refused in one line, and then run from a file that names others.
+graphs are exported as those of a release are, but for the one of streams, which clips this small do
+not need. The presets that are guided name blocks that a model of two has not got: they are refused
+in one line, and then run from a file that names others.
 `benchmarks/preset_matrix.py` has all blocks instead.
 """
 
@@ -25,6 +26,7 @@ from PIL import Image, ImageSequence
 from ltx_engines import pipeline_config, presets
 from ltx_engines.pipeline_config import PipelineConfig
 from ltx_engines.presets import PRESETS, Preset
+from ltx_engines.stages import OPTIONAL, STAGES
 from ltx_export import cli as exporter
 from ltx_ref.ltx_video.config import ModelConfig, VAEConfig, parse_config
 from ltx_ref.ltx_video.upsampler import LatentUpsampler
@@ -131,6 +133,7 @@ def bundle_of(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Opened:
             write_weights(upsampler, said, partial(LatentUpsampler, small))
             words = ["onnx", str(write_checkpoint(home / "model.safetensors", table))]
             words += ["--text-encoder", str(files.text_encoder), "--upsampler", str(upsampler)]
+            words += ["--stages", ",".join((*STAGES, *OPTIONAL))]
             assert exporter.main([*words, "--out", str(home / "bundle")]) == 0
             kept[key] = home / "bundle"
         return kept[key]
