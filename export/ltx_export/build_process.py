@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Generator
+from contextlib import suppress
 from tempfile import TemporaryFile
 from typing import IO, Any
 
@@ -70,6 +71,8 @@ def _follow(
         process.stdin.write(job.to_json() + "\n")
         process.stdin.flush()  # and stays open: the process ends when it closes
     except BrokenPipeError:
+        with suppress(BrokenPipeError):  # what was not written is tried again
+            process.stdin.close()
         return {}
     last: dict[str, Any] = {}
     for line in process.stdout:

@@ -17,6 +17,7 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from uuid import uuid4
 
 from platformdirs import user_cache_dir
 
@@ -338,12 +339,14 @@ def _useless(manifest: Manifest, work: Work) -> Iterator[EngineEntry]:
 
 @contextmanager
 def _scratch(path: Path) -> Iterator[Path]:
-    """An empty folder beside the bundle, for the one process that builds there
-    (`file_lock.building`)."""
+    """An empty folder in one beside the bundle, for the one process that builds there
+    (`file_lock.building`). Its name is its own: a builder of a process that was killed may still be
+    about to write, and then finds its folder gone."""
     folder = path.resolve().with_name(f".{path.resolve().name}{BUILDING}")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    own = folder / uuid4().hex[:8]
+    own.mkdir(parents=True)
     try:
-        yield folder
+        yield own
     finally:
         shutil.rmtree(folder)

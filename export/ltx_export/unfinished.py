@@ -4,7 +4,8 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, BinaryIO
@@ -15,12 +16,16 @@ from ltx_export.calibration import Calibration, DamagedError
 
 SUFFIX = ".safetensors"
 
+ANY = "?" * 8
+"""In the names that `calibration.write` gives to what it has not finished."""
+
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def held(out: Path) -> Iterator[None]:
-    """Within it, no other process calibrates to that path, which can be written.
+    """Within it, no other process calibrates to that path, which can be written. What a killed one
+    had half written there goes.
 
     Raises:
         UserError: another one does, or nothing can be written there.
@@ -32,6 +37,8 @@ def held(out: Path) -> Iterator[None]:
         file = _locked(path, out)
     with file:
         try:
+            for left in out.parent.glob(f".{escape(out.name)}.{ANY}.partial"):
+                left.unlink()
             yield
         finally:
             path.unlink(missing_ok=True)
@@ -43,8 +50,9 @@ def _locked(path: Path, out: Path) -> BinaryIO:
         file = path.open("ab")
         try:
             _lock(file, out)
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
         except BaseException:
             file.close()
             raise

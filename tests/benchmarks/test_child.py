@@ -24,12 +24,15 @@ import json, os, sys, child
 from pathlib import Path
 
 least, *command = sys.argv[1:]
-looked = child.anonymous
+looked, waits, seen = child.anonymous, Path("waits"), Path("seen")
+for left in (waits, seen):
+    left.unlink(missing_ok=True)
 
 def look(pid):
+    waited = waits.exists()
     found = looked(pid)
-    if found >= int(least):
-        Path("seen").touch()
+    if waited and found >= int(least):
+        seen.touch()
     return found
 
 child.anonymous = look
@@ -37,15 +40,14 @@ print(json.dumps(child.run(command)[0].row()))
 """
 UNTIL_SEEN = """
 import pathlib, time
-seen = pathlib.Path("seen")
-seen.unlink(missing_ok=True)
-while not seen.exists(): time.sleep(0.01)
+pathlib.Path("waits").touch()
+while not pathlib.Path("seen").exists(): time.sleep(0.01)
 """
 
 
 def cost(code: str, folder: Path, least: int = 0) -> dict[str, Any]:
     """As a benchmark measures it: from a parent that, unlike this one, has imported nothing. What
-    is there UNTIL_SEEN ends when so many bytes were."""
+    waits UNTIL_SEEN ends after a look that began while it waited, and saw so many bytes."""
     home = str(Path(str(child.__file__)).parent)
     result = subprocess.run(
         [*python(OUTER), str(least), *python(code)],
@@ -89,9 +91,10 @@ for page in range(0, len(view), 4096): view[page]
 
 
 def test_waiting_costs_wall_time_and_no_processor_time(tmp_path: Path) -> None:
+    """Of what passes beside it a machine may take as long as it likes for Python's own start."""
     found = cost("import time; time.sleep(0.5)", tmp_path)
     assert found["wall_s"] >= 0.5
-    assert found["cpu_s"] < 0.4
+    assert found["cpu_s"] < found["wall_s"] - 0.4
 
 
 def test_a_child_that_fails_is_quoted() -> None:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,6 +91,20 @@ def test_whatever_ends_a_builder_is_one_line(
     with pytest.raises(UserError, match=said) as failure:
         finish(acting(code, monkeypatch))
     assert "\n" not in str(failure.value)
+
+
+def test_a_builder_that_ends_before_it_has_heard_its_job_was_a_broken_pipe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Ended(subprocess.Popen[str]):
+        def __init__(self, *words: Any, **options: Any) -> None:
+            super().__init__(*words, **options)
+            self.wait(HANG)
+
+    monkeypatch.setattr(build_process, "COMMAND", (sys.executable, "-c", "raise SystemExit(7)"))
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    with pytest.raises(UserError, match=r"it ended with code 7 \(it said nothing\)"):
+        finish(build_process.run(JOB, "engine of it"))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import errno
 import fcntl
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,24 @@ def test_who_holds_it_keeps_others_away_and_leaves_nothing(out: Path) -> None:
 
 def test_what_a_killed_process_left_is_in_nobodys_way(out: Path) -> None:
     out.with_name(f".{out.name}.lock").touch()
+    out.with_name(f".{out.name}.0123abcd.partial").touch()
+    other = out.with_name(f".{out.name}.other.0123abcd.partial")
+    other.touch()
+    with unfinished.held(out):
+        assert {file.name for file in out.parent.iterdir()} == {f".{out.name}.lock", other.name}
+    assert list(out.parent.iterdir()) == [other]
+
+
+def test_a_calibration_that_is_killed_while_it_writes_leaves_nothing_for_ever(out: Path) -> None:
+    """What is half written has a name that the next one knows."""
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from ltx_export import calibration\n"
+        "calibration.os.fsync = lambda _: os.kill(os.getpid(), 9)\n"
+        "calibration.write(calibration.Calibration(Path(sys.argv[1]), {}, {}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, out], check=False).returncode == -9
+    assert len(list(out.parent.iterdir())) == 1
     with unfinished.held(out):
         pass
     assert not list(out.parent.iterdir())

@@ -43,7 +43,7 @@ R = TypeVar("R")
 
 
 def _alone(method: Callable[P, R]) -> Callable[P, R]:
-    """One thread at a time: weights are loaded in another one."""
+    """One thread at a time: weights are loaded in another one, and a call is one thing to do."""
 
     @wraps(method)
     def locked(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -103,6 +103,7 @@ class FakeGpu:
         return [f"{n} {what}" for what, n in rows.items() if n] + list(self._open.values())
 
     @property
+    @_alone
     def used(self) -> int:
         return self._weights + sum(block.nbytes for block in self._blocks.values())
 
@@ -129,11 +130,13 @@ class FakeGpu:
         if self._broken is not None and call[0] not in SILENT:
             raise self._broken
 
+    @_alone
     def opened(self, what: str) -> int:
         """A handle that `leaks` speaks of until `gone`."""
         self._open[handle := self._handle()] = f"1 {what}"
         return handle
 
+    @_alone
     def gone(self, handle: int) -> None:
         if self._open.pop(handle, None) is None:
             raise MisuseError("closed twice")
@@ -165,9 +168,11 @@ class FakeGpu:
         else:
             state.queue.append(work)
 
+    @_alone
     def capturing(self) -> bool:
         return any(state.captured is not None for state in self._streams.values())
 
+    @_alone
     def memory(self) -> tuple[int, int]:
         self.note("memory")
         return self._total - self.used, self._total
@@ -197,6 +202,7 @@ class FakeGpu:
         del self._blocks[address]
         self._addresses.remove(address)
 
+    @_alone
     def pinned(self, size: int) -> Bytes:
         self.note("pinned", size)
         if size <= 0:
@@ -213,10 +219,12 @@ class FakeGpu:
         if self._pinned.pop(memory.ctypes.data, None) is None:
             raise MisuseError("what is unpinned was not pinned")
 
+    @_alone
     def is_pinned(self, array: NDArray[Any]) -> bool:
         begin, size = array.ctypes.data, array.nbytes
         return any(0 <= begin - at <= m.nbytes - size for at, m in self._pinned.items())
 
+    @_alone
     def stream(self) -> Stream:
         self.note("stream")
         self._streams[stream := Stream(self._handle())] = _Stream()
@@ -228,12 +236,14 @@ class FakeGpu:
         self._drain(stream)
         del self._streams[stream]
 
+    @_alone
     def synchronize(self, stream: Stream) -> None:
         self.note("synchronize", stream)
         if self._stream(stream).captured is not None:
             raise DeviceError("cuStreamSynchronize: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED")
         self._drain(stream)
 
+    @_alone
     def upload(self, target: Address, source: NDArray[Any], stream: Stream) -> None:
         self.note("upload", target, source.nbytes, stream, self.is_pinned(source))
         self._check_host(source)
@@ -247,6 +257,7 @@ class FakeGpu:
 
         self.submit(stream, Work(write))
 
+    @_alone
     def download(self, target: NDArray[Any], source: Address, stream: Stream) -> None:
         self.note("download", source, target.nbytes, stream, self.is_pinned(target))
         self._check_host(target)
@@ -260,6 +271,7 @@ class FakeGpu:
 
         self.submit(stream, Work(read))
 
+    @_alone
     def copy(self, target: Address, source: Address, size: int, stream: Stream) -> None:
         self.note("copy", target, source, size, stream)
         self.bytes_at(target, size)
@@ -270,21 +282,25 @@ class FakeGpu:
 
         self.submit(stream, Work(move))
 
+    @_alone
     def fill(self, target: Address, byte: int, size: int, stream: Stream) -> None:
         self.note("fill", target, byte, size, stream)
         self.bytes_at(target, size)
         self.submit(stream, Work(lambda: self.bytes_at(target, size).fill(byte)))
 
+    @_alone
     def event(self) -> Event:
         self.note("event")
         self._events[event := Event(self._handle())] = 0
         return event
 
+    @_alone
     def close_event(self, event: Event) -> None:
         self.note("close_event", event)
         self._ticket(event)
         del self._events[event]
 
+    @_alone
     def record(self, event: Event, stream: Stream) -> None:
         self.note("record", event, stream)
         self._events[event] = ticket = self._ticket(event) + 1
@@ -294,15 +310,18 @@ class FakeGpu:
 
         self.submit(stream, Work(passed, event=event, ticket=ticket))
 
+    @_alone
     def wait(self, stream: Stream, event: Event) -> None:
         self.note("wait", stream, event)
         ticket = self._ticket(event)
         self.submit(stream, Work(lambda: self._until(event, ticket)))
 
+    @_alone
     def synchronize_event(self, event: Event) -> None:
         self.note("synchronize_event", event)
         self._until(event, self._ticket(event))
 
+    @_alone
     def elapsed(self, begin: Event, end: Event) -> float:
         self.note("elapsed", begin, end)
         for event in (begin, end):
@@ -310,12 +329,14 @@ class FakeGpu:
                 raise DeviceError("cuEventElapsedTime: CUDA_ERROR_NOT_READY (device not ready)")
         return 0.001
 
+    @_alone
     def begin_capture(self, stream: Stream) -> None:
         self.note("begin_capture", stream)
         if (state := self._stream(stream)).captured is not None:
             raise MisuseError("a capture inside a capture")
         state.captured = []
 
+    @_alone
     def end_capture(self, stream: Stream) -> Graph:
         self.note("end_capture", stream)
         if (captured := self._stream(stream).captured) is None:
@@ -324,6 +345,7 @@ class FakeGpu:
         self._graphs[graph := Graph(self._handle())] = captured
         return graph
 
+    @_alone
     def launch(self, graph: Graph, stream: Stream) -> None:
         self.note("launch", graph, stream)
         if graph not in self._graphs:
@@ -340,6 +362,7 @@ class FakeGpu:
             self._drain(stream)
         del self._graphs[graph]
 
+    @_alone
     def close(self) -> None:
         self.note("close")
         self.closed = True

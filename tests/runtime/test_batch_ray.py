@@ -20,15 +20,18 @@ from ltx_trt.session.bundle_stages import Stages
 from ltx_trt.session.choice import open_stages
 from tests.runtime.batches import ltx_trt, rows
 from tests.runtime.fake_ray import Cluster
-from tests.waiting import until
+from tests.waiting import HANG, until
 
 pytest.importorskip("onnxruntime")
 
-LARGE = {"width": 256, "height": 256, "num_frames": 97}
-"""Long enough in the making to be killed there."""
+CONFIG = b"num_inference_steps: 2\n"
 
 SMALL_STORE = 100 * 2**20
 """Bytes of memory that all processes of a cluster share; jobs and reports are a few kB."""
+
+SECONDS = ("RAY_gcs_server_port_wait_time_s", "RAY_worker_register_timeout_seconds")
+MILLISECONDS = ("RAY_agent_register_timeout_ms", "RAY_health_check_timeout_ms")
+"""How long parts of Ray wait for each other; less may pass while a machine is busy."""
 
 MakeBundle = Callable[..., Path]
 
@@ -189,10 +192,13 @@ def test_what_follows_ray_is_an_address_only_if_it_looks_like_one(word: str, is_
 
 @pytest.fixture
 def real(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a cluster of this machine needs: little memory, no network, and a folder of its own for
-    its sockets, whose paths may have 107 bytes."""
+    """What a cluster of this machine needs: little memory, no network, a folder of its own for its
+    sockets, whose paths may have 107 bytes, and patience with a machine that others keep busy. Ray
+    would kill a worker too where others have taken nearly all memory."""
     folder = tempfile.mkdtemp(prefix="ray")
     told = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(SMALL_STORE), "RAY_TMPDIR": folder}
+    told |= {"RAY_memory_monitor_refresh_ms": "0"}
+    told |= dict.fromkeys(SECONDS, f"{HANG:.0f}") | dict.fromkeys(MILLISECONDS, f"{HANG:.0f}000")
     told |= {**cluster.QUIET, "PYTHONPATH": os.pathsep.join(sys.path)}
     for name, value in told.items():
         monkeypatch.setenv(name, value)
@@ -210,11 +216,14 @@ def test_a_killed_worker_of_a_real_cluster_makes_nothing_twice(
     from ltx_trt.batch.jobs import read
     from ltx_trt.job import Voice
 
-    out = tmp_path / "out"
-    planned = execution.check(execution.Batch(read(jobs, LARGE), folder, out))
+    out, config = tmp_path / "out", tmp_path / "config.yaml"
+    config.write_bytes(CONFIG)
+    planned = execution.check(execution.Batch(read(jobs, {}), folder, out, "mp4", config))
+    config.unlink()
+    os.mkfifo(config)
     here = cluster.Cluster(cluster.LOCAL, 1, on_gpu=False)
     with ThreadPoolExecutor() as pool:
-        killed = pool.submit(kill_one, out)
+        killed = pool.submit(kill_one, out, config)
         states = [outcome.state for outcome in execution.execute(planned, here, Voice())]
     finished = killed.result()
     assert states == ["made"] * 4
@@ -224,19 +233,38 @@ def test_a_killed_worker_of_a_real_cluster_makes_nothing_twice(
     assert len(list(out.iterdir())) == 8
 
 
-def kill_one(out: Path) -> dict[Path, int]:
-    """The process that is at another clip once one is finished; what was finished, and when. Of
-    four clips one is enough."""
+def kill_one(out: Path, config: Path) -> dict[Path, int]:
+    """The process that is at another clip once one is finished; what was finished, and when. Each
+    clip begins with the config, and waits as long as nobody writes what is read there: it is told
+    once, and a file takes the place of the pipe before the kill."""
+    tell(config)
     killed: list[dict[Path, int]] = []
 
     def look() -> bool:
         with suppress(OSError, IndexError):
             finished = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
             for file in out.glob(".*.partial/tries") if finished else ():
-                os.kill(int(file.read_text().split()[2]), signal.SIGKILL)
+                process = int(file.read_text().split()[2])
+                config.with_name("plain").write_bytes(CONFIG)
+                config.with_name("plain").replace(config)
+                os.kill(process, signal.SIGKILL)
                 killed.append(finished)
                 return True
         return False
 
     until(look, "somebody at a clip while another is finished")
     return killed[0]
+
+
+def tell(config: Path) -> None:
+    """Whoever opens the pipe to read first."""
+    handles: list[int] = []
+
+    def look() -> bool:
+        with suppress(OSError):  # nobody does yet
+            handles.append(os.open(config, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(handles)
+
+    until(look, "somebody who reads the config")
+    os.write(handles[0], CONFIG)
+    os.close(handles[0])

@@ -49,14 +49,14 @@ def test_what_the_loader_hears_is_not_blamed_on_another_thread() -> None:
         with pytest.raises(EngineError, match="refused to run: it gave no reason"):
             library.ask("to run", run)
         with pytest.raises(EngineError, match="refused the weights: no room for the weights"):
-            loading.result(10)
+            loading.result(HANG)
 
 
 def test_what_a_thread_of_the_librarys_own_says_is_heard_by_who_asks() -> None:
     library = said()
     with library.heard() as outer:
         with library.heard() as inner, ThreadPoolExecutor(1) as worker:
-            worker.submit(library.logger.log, 1, "a kernel does not compile").result(10)
+            worker.submit(library.logger.log, 1, "a kernel does not compile").result(HANG)
         library.logger.log(1, "and what follows")
     library.logger.log(1, "that nobody asked for")
     assert (outer, inner) == (["and what follows"], ["a kernel does not compile"])

@@ -219,8 +219,10 @@ def test_the_context_is_set_once_for_each_thread(cuda: Recorder) -> None:
 def test_a_thread_that_bears_the_name_of_another_has_no_context_yet(
     cuda: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their numbers are given out again."""
-    monkeypatch.setattr(threading, "get_ident", lambda: 7)
+    """Their numbers are given out again. The driver alone sees them so: a thread that had the
+    number of who waits for it could not be waited for."""
+    same = SimpleNamespace(**{**vars(threading), "get_ident": lambda: 7})
+    monkeypatch.setattr("ltx_trt.session.cuda_driver.threading", same)
     driver = CudaDriver()
     for _ in range(2):
         thread = threading.Thread(target=driver.memory)

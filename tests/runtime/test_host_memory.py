@@ -1,5 +1,6 @@
 """Peaks of the host's memory: what is taken is seen, also when it is given back at once."""
 
+import gc
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,15 @@ def taken(size: int) -> Iterator[None]:
         for page in range(0, size, mmap.PAGESIZE):
             block[page] = 1
         yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_given_back_meanwhile() -> Iterator[None]:
+    """Garbage of other tests is not collected between two looks of these."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture
