@@ -9,8 +9,9 @@ a step is held. Runs in the model's process.
 """
 
 import re
+import secrets
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -19,7 +20,7 @@ from tests.waiting import until
 
 LINE = "from tests.triton import held_steps\n\nheld_steps.install()\n"
 
-PROMPT = re.compile(r"hold step (\d+) of (\d+) until (\d+) wait, for (.+)")
+PROMPT = re.compile(r"hold step (\d+) of (\d+) until (\d+) wait, for (\w+)")
 """None wait: until the client has gone."""
 
 
@@ -28,10 +29,10 @@ class Hold:
     """Step `step` of `steps` lasts until its client has gone or, of a number, until so many others
     wait for the transformer. `name` is one that no other clip of the server has."""
 
-    name: str
     step: int
     steps: int = 200
     waiting: int = 0
+    name: str = field(default_factory=lambda: secrets.token_hex(4))
 
     @property
     def prompt(self) -> str:
@@ -67,8 +68,7 @@ def install() -> None:
     whole, one_pass = video_model.answer, batching.Batcher._pass
 
     def answer(order: Any, studio: Any, client: Any, meter: Any) -> None:
-        found = PROMPT.fullmatch(order.request.prompt)
-        here.hold = Hold(found[4], *map(int, found.groups()[:3])) if found else None
+        here.hold = of(order.request.prompt)
         here.client, here.made = client, 0
         whole(order, studio, client, meter)
 
@@ -82,6 +82,12 @@ def install() -> None:
     video_model.answer = answer
     every: Any = batching.Batcher
     every._pass = held
+
+
+def of(prompt: str) -> Hold | None:
+    if (found := PROMPT.fullmatch(prompt)) is None:
+        return None
+    return Hold(int(found[1]), int(found[2]), int(found[3]), found[4])
 
 
 def is_over(here: local, batcher: Any) -> bool:

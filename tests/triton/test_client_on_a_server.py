@@ -94,7 +94,7 @@ def test_ctrl_c_at_the_client_stops_the_server_within_a_step(
     """Its fourth, which is under way."""
     before = counted(single, "ltx_requests_cancelled_total")
     steps = counted(single, "ltx_pass_requests_count")
-    hold = Hold("interrupted", step=4)
+    hold = Hold(step=4)
     said_words = words(single, tmp_path / "out.mp4", **hold.wishes)
     process = subprocess.Popen(
         [sys.executable, "-m", "ltx_trt.cli", *said_words], stderr=subprocess.PIPE, text=True

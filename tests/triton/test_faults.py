@@ -103,7 +103,7 @@ def refusals(server: Server) -> Iterator[Row]:
 def client_gone(server: Server) -> Row:
     """Before its third step has ended."""
     before = metric(server.told(), "ltx_pass_requests_count")
-    seen = put(server, Question(Hold("gone", step=3).wishes, leave_after=6))
+    seen = put(server, Question(Hold(step=3).wishes, leave_after=6))
     seen = Outcome("CANCELLED", "(of its own wish)", seen.events, seconds=seen.seconds)
     until(lambda: metric(server.told(), "ltx_requests_cancelled_total"), "the end of who has left")
     made = metric(server.told(), "ltx_pass_requests_count") - before
@@ -115,7 +115,7 @@ def stub_killed(server: Server) -> tuple[Outcome, bool]:
     """While it computes a request, which is never answered: what the next one sees, and whether
     the server calls itself ready."""
     # others never come: while it is held, the stub says nothing to the server
-    with busy(server, Hold("killed", step=2, waiting=9)) as unanswered:
+    with busy(server, Hold(step=2, waiting=9)) as unanswered:
         for stub in server.stubs():
             os.kill(stub, signal.SIGKILL)
         next_one = put(server, Question(WISHES))

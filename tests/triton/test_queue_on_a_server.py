@@ -34,7 +34,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def test_what_does_not_fit_into_the_queue_is_refused_at_once(narrow: Server) -> None:
     """While the one place is taken, one waits for it and one is in the queue."""
-    with ThreadPoolExecutor(8) as pool, busy(narrow, Hold("the queue", step=1)):
+    with ThreadPoolExecutor(8) as pool, busy(narrow, Hold(step=1)):
         asked = [pool.submit(ask, narrow.grpc, seed=seed, **CLIP) for seed in range(8)]
         until(lambda: sum(one.done() for one in asked) >= 6, "refusals")
     heard = [one.result() for one in asked]

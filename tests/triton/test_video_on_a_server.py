@@ -66,7 +66,7 @@ def test_progress_comes_once_for_each_step_in_order(running: Server) -> None:
 def test_a_cancelled_request_stops_within_one_step(running: Server) -> None:
     """It is under way when the news comes, and is the last."""
     before = running.figures()
-    heard = ask(running.grpc, cancel_at=2, **Hold("cancelled", step=3).wishes)
+    heard = ask(running.grpc, cancel_at=2, **Hold(step=3).wishes)
     assert heard.steps == [1, 2]
     wait_for(running, "ltx_requests_cancelled_total", before, 1)
     after = running.figures()
@@ -79,7 +79,7 @@ def test_a_cancelled_request_stops_within_one_step(running: Server) -> None:
 def test_eight_at_once_are_each_as_if_alone(running: Server, run_alone: RunAlone) -> None:
     """Together from their first steps, however late some come: until all are there, the model is
     at work on a clip whose step is held."""
-    total, hold = 24, Hold("eight", step=1, steps=2, waiting=8)
+    total, hold = 24, Hold(step=1, steps=2, waiting=8)
     clip = {**CLIP, "num_inference_steps": total}
     wishes = [{**clip, "prompt": PROMPTS[i % 4], "seed": i} for i in range(8)]
     before = running.figures()
