@@ -109,7 +109,7 @@ def measured(layout: Layout, arguments: argparse.Namespace) -> dict[str, Any]:
                 rows["one_by_one"].append(single)
                 rows["at_once"].append(together)
                 wrong += (heard.report["sha256"] != wanted) + (hashes != same)
-    found = {name: round(median(row), 5) for name, row in rows.items()}
+    found = {name: round(median(row), 7) for name, row in rows.items()}
     gains = [a / b for a, b in zip(rows["one_by_one"], rows["at_once"], strict=True)]
     return {
         "layout": layout,

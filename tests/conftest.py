@@ -1,5 +1,6 @@
 """What holds for all tests: what ltx-trt keeps for its user is kept for each test alone."""
 
+import signal
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -27,6 +28,17 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caches]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("platformdirs.user_cache_dir", found)
         yield found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> Iterator[None]:
+    """Whatever a test starts: begun with `nohup` or `&`, it would inherit to ignore Ctrl-C."""
+    if (before := signal.getsignal(signal.SIGINT)) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

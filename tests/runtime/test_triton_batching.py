@@ -15,7 +15,7 @@ from ltx_engines.stages import Stage, Tensor
 from ltx_trt.triton.batching import Batcher, Limits
 from tests.waiting import HANG, until
 
-LONG = 60.0
+LONG = HANG
 """Seconds of delay that no lane but one that waits in vain ever sees the end of."""
 
 STAGE = Stage(
@@ -150,15 +150,26 @@ def test_lanes_of_another_shape_are_not_waited_for(
 
 
 def test_who_is_late_is_not_waited_for_beyond_the_delay(
-    session: Doubler, in_vain: list[float | None]
+    session: Doubler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By a clock on which nothing takes time but waiting."""
+    now, waits = [0.0], list[float | None]()
+
+    class Turn(threading.Condition):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None, "nobody would ever end it"
+            waits.append(timeout)
+            now[0] += timeout
+            return False
+
+    monkeypatch.setattr("ltx_trt.triton.batching.Condition", Turn)
+    monkeypatch.setattr("ltx_trt.triton.batching.monotonic", lambda: now[0])
     batcher = Batcher(session, ENTRY, Limits(delay=0.05, rows=100))
     with batcher.lane() as first, batcher.lane() as second:
         second(feeds(1.0))  # it has a shape now, and computes something else
-        assert in_vain == []
+        assert waits == []
         first(feeds(1.0))
-    assert in_vain
-    assert all(seconds is not None and seconds <= 0.05 for seconds in in_vain)
+    assert waits == [0.05]
 
 
 def test_a_lane_that_ends_is_no_longer_waited_for(session: Doubler) -> None:
@@ -216,6 +227,37 @@ def test_whoever_listens_hears_how_many_shared_each_pass(session: Doubler) -> No
     meet(session, batcher, 3)
     together(batcher, [[feeds(1.0)] * 4] * 3)
     assert sorted(heard) == [1, 2, 3, 3, 3]
+
+
+def test_who_has_its_rows_finds_the_pass_counted() -> None:
+    """Also who has not run it: a request that ends then is told of with all its passes."""
+    session, heard = Doubler(), list[int]()
+
+    def hear(count: int) -> None:
+        time.sleep(0.05)  # whoever does not wait for it is sooner
+        heard.append(count)
+
+    batcher = Batcher(session, ENTRY, Limits(delay=LONG, rows=100), hear)
+    meet(session, batcher, 3)
+    counts: list[list[int]] = []
+
+    def run(_: int) -> None:
+        with batcher.lane() as lane:
+            lane(feeds(1.0))
+            counts.append(list(heard))
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(run, range(3)))
+    assert sorted(counts) == [[1], [1, 2], [1, 2]]
+
+
+def test_a_pass_that_fails_is_counted_before_its_requests_end(session: Doubler) -> None:
+    heard: list[int] = []
+    batcher = Batcher(session, ENTRY, Limits(delay=LONG, rows=100), heard.append)
+    session.error = RuntimeError("no memory")
+    with batcher.lane() as lane, pytest.raises(RuntimeError, match="no memory"):
+        lane(feeds(1.0))
+    assert heard == [1]
 
 
 def test_a_lone_lane_is_overtaken_by_no_more_than_the_pass_under_way(session: Doubler) -> None:

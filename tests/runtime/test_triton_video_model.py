@@ -85,12 +85,13 @@ class Family:
 
 
 class Sender:
-    """Triton's response sender; `gone_after` responses nobody listens any more."""
+    """Triton's response sender. Who asks whether its client has gone hears so after `gone_after`
+    times: the model asks before each event that it tells."""
 
     def __init__(self, gone_after: float = float("inf")) -> None:
         self.responses: list[Any] = []
         self.ended = threading.Event()
-        self.gone_after = gone_after
+        self.gone_after, self.asked = gone_after, 0
 
     def send(self, response: Any = None, flags: int = 0) -> None:
         assert not self.ended.is_set(), "nothing comes after the end"
@@ -100,7 +101,8 @@ class Sender:
             self.ended.set()
 
     def is_cancelled(self) -> bool:
-        return len(self.responses) >= self.gone_after
+        self.asked += 1
+        return self.asked > self.gone_after
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -203,12 +205,14 @@ def test_frames_are_given_instead_of_a_video_when_asked_for(model: TritonPythonM
 
 
 def test_a_client_that_has_gone_costs_no_further_step(model: TritonPythonModel) -> None:
-    """`planned`, two stages, the prompt and two steps are heard."""
-    sender = ask(model, Sender(gone_after=6), **{**WISHES, "num_inference_steps": 50})
+    """It has gone when the third step is made, which is the last."""
+    sender = ask(model, Sender(gone_after=7), **{**WISHES, "num_inference_steps": 50})
     assert sender.error.code == "cancelled"
     assert Family.values["ltx_requests_cancelled_total"] == 1
-    heard = sum(event["event"] == "step" for event in sender.events)
-    assert Family.values["ltx_step_seconds_count"] <= heard + 2
+    kinds = [event["event"] for event in sender.events]
+    assert kinds == ["planned", "stage", "prompt", "stage", "step", "step"]
+    assert Family.values["ltx_step_seconds_count"] == 2
+    assert Family.values["ltx_pass_requests_count"] == 3
 
 
 def test_a_client_that_went_while_it_waited_costs_nothing(model: TritonPythonModel) -> None:
@@ -253,13 +257,15 @@ def test_an_overflow_is_the_servers_error_in_one_line(
 def test_no_more_are_computed_at_once_than_there_are_places(
     model: TritonPythonModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inside, most, go = [0], [0], threading.Event()
+    inside, most, go, lock = [0], [0], threading.Event(), threading.Lock()
 
     def slow(*_: object) -> None:
-        inside[0] += 1
-        most[0] = max(most[0], inside[0])
+        with lock:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
         go.wait(HANG)
-        inside[0] -= 1
+        with lock:
+            inside[0] -= 1
 
     monkeypatch.setattr("ltx_trt.triton.video_model.answer", slow)
     senders = [Sender() for _ in range(5)]

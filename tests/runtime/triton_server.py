@@ -85,7 +85,8 @@ class _Service(services.GRPCInferenceServiceServicer):  # type: ignore[misc] # n
 
     def ModelStreamInfer(self, requests: Any, context: Any) -> Iterator[Any]:  # noqa: N802
         self.seen.headers = dict(context.invocation_metadata())
-        context.add_callback(self.seen.gone.set)
+        if not context.add_callback(self.seen.gone.set):  # it has ended already
+            self.seen.gone.set()
         for request in requests:
             if request.model_name != "ltx_video":
                 context.abort(grpc.StatusCode.NOT_FOUND, "Request for unknown model")

@@ -4,11 +4,10 @@ import json
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from threading import Event
 from typing import Any
 
 import grpc
@@ -17,10 +16,9 @@ from tritonclient.grpc import service_pb2 as messages
 from tritonclient.grpc import service_pb2_grpc as services
 
 from ltx_engines.triton_model import INPUTS
-from tests.waiting import HANG
-
-SLOW: dict[str, Any] = {"prompt": "x", "num_inference_steps": 200, "width": 768, "height": 768}
-"""A clip of minutes, whose every step takes longer than news of its client."""
+from tests.triton.held_steps import Hold
+from tests.triton.server import Server
+from tests.waiting import HANG, until
 
 TYPES = {wire.name: wire.dtype for wire in INPUTS}
 NUMPY = {"INT32": "<i4", "INT64": "<i8", "FP32": "<f4", "FP64": "<f8"}
@@ -61,11 +59,10 @@ class Question:
 def ask(
     address: str,
     question: Question,
-    timeout: float = 60,
-    hear: Callable[[dict[str, Any]], object] = bool,
+    timeout: float = HANG,
     began: Callable[[grpc.Call], object] = bool,
 ) -> Outcome:
-    """`hear` is told each event when it comes; `began` gets the call, which ends by `cancel`."""
+    """`began` gets the call, which ends by `cancel`."""
     outcome, start = Outcome(), time.perf_counter()
     options = [("grpc.max_receive_message_length", -1)]
     with grpc.insecure_channel(address, options) as channel:
@@ -76,8 +73,6 @@ def ask(
         try:
             for response in stream:
                 _hear(outcome, response)
-                if outcome.events:
-                    hear(outcome.events[-1])
                 if len(outcome.events) == question.leave_after:
                     stream.cancel()
         except grpc.RpcError as error:
@@ -87,22 +82,24 @@ def ask(
 
 
 @contextmanager
-def busy(address: str) -> Iterator[None]:
-    """From the first step of a slow clip until it is cancelled, a server has that to do too."""
-    at_work, calls = Event(), SimpleQueue[grpc.Call]()
-
-    def hear(event: dict[str, Any]) -> None:
-        if event["event"] == "step":
-            at_work.set()
-
+def busy(server: Server, hold: Hold) -> Iterator[Future[Outcome]]:
+    """A server that holds a step of such a clip, until its client leaves at the end."""
+    calls = SimpleQueue[grpc.Call]()
+    address, question = f"127.0.0.1:{server.grpc}", Question(hold.wishes)
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask, address, Question(SLOW), HANG, hear, calls.put)
+        asked = pool.submit(ask, address, question, began=calls.put)
         try:
-            assert at_work.wait(HANG)
-            yield
+            until_held(server, hold, asked.done)
+            yield asked
         finally:
             calls.get(timeout=HANG).cancel()
     assert asked.result().status == "CANCELLED"
+
+
+def until_held(server: Server, hold: Hold, ended: Callable[[], bool]) -> None:
+    """`ended` is whether whoever asked for it waits no more."""
+    until(lambda: ended() or hold.said() in server.said(), hold.said())
+    assert not ended(), f"ended, and was to be {hold.said()}"
 
 
 def _hear(outcome: Outcome, response: Any) -> None:

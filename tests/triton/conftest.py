@@ -11,7 +11,7 @@ import pytest
 
 from ltx_engines.triton_settings import Layout, Settings
 from ltx_trt.cli import SHIPPED
-from tests.triton import server
+from tests.triton import held_steps, server
 
 RunAlone = Callable[..., tuple[bytes, dict[str, Any]]]
 """What `ltx-trt run` makes with these options: its file's bytes, and its report."""
@@ -49,6 +49,7 @@ def running(
     request: pytest.FixtureRequest, write_repository: Callable[..., Path]
 ) -> Iterator[server.Server]:
     repository = write_repository(request.param, batch_delay=LONGEST_DELAY)
+    held_steps.add(repository)
     with server.Server(repository) as started:
         yield started
 

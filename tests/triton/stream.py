@@ -1,7 +1,6 @@
 """One request to the video model, with tritonclient alone: what a stranger's client would do."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from time import perf_counter
@@ -54,11 +53,9 @@ def ask(
     *,
     cancel_at: int = 0,
     parameters: Any = None,
-    hear: Callable[[Heard], object] = bool,
     **values: Any,
 ) -> Heard:
-    """Everything up to the end of the request, or up to step `cancel_at`, where it is cancelled;
-    `hear` is told what there is each time that there is more."""
+    """Everything up to the end of the request, or up to step `cancel_at`, where it is cancelled."""
     import tritonclient.grpc as grpc
 
     answers: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
@@ -74,7 +71,6 @@ def ask(
             parameters=parameters,
         )
         while _take(heard, *answers.get(timeout=HANG)):
-            hear(heard)
             if cancel_at and heard.steps and heard.steps[-1] >= cancel_at:
                 client.stop_stream(cancel_requests=True)
                 break

@@ -16,8 +16,10 @@ pytest.importorskip("tritonclient.grpc")
 from ltx_engines.triton_model import METRICS
 from ltx_trt import cli
 from tests.test_readme import commands
-from tests.triton.asking import SLOW
+from tests.triton import held_steps
+from tests.triton.asking import until_held
 from tests.triton.conftest import RunAlone
+from tests.triton.held_steps import Hold
 from tests.triton.server import Server
 from tests.waiting import HANG, until
 
@@ -27,7 +29,9 @@ CLIP = {"prompt": PROMPT, "seed": 7, "num_inference_steps": 3, "width": 64, "hei
 
 @pytest.fixture(scope="module")
 def repository(write_repository: Callable[..., Path]) -> Path:
-    return write_repository("single")
+    written = write_repository("single")
+    held_steps.add(written)
+    return written
 
 
 @pytest.fixture(scope="module")
@@ -87,29 +91,23 @@ def test_the_example_of_the_repository_writes_the_bytes_of_a_run(
 def test_ctrl_c_at_the_client_stops_the_server_within_a_step(
     single: Server, tmp_path: Path
 ) -> None:
+    """Its fourth, which is under way."""
     before = counted(single, "ltx_requests_cancelled_total")
-    steps = counted(single, "ltx_step_seconds_count")
-    # Longer than what the metrics wait before they tell.
-    long = {**CLIP, **SLOW}
+    steps = counted(single, "ltx_pass_requests_count")
+    hold = Hold(step=4)
+    said_words = words(single, tmp_path / "out.mp4", **hold.wishes)
     process = subprocess.Popen(
-        [sys.executable, "-m", "ltx_trt.cli", *words(single, tmp_path / "out.mp4", **long)],
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-m", "ltx_trt.cli", *said_words], stderr=subprocess.PIPE, text=True
     )
-
-    def is_under_way() -> bool:
-        assert process.poll() is None
-        return counted(single, "ltx_step_seconds_count") >= steps + 3
-
-    until(is_under_way, "three steps")
+    until_held(single, hold, lambda: process.poll() is not None)
     os.kill(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=HANG)
     assert process.returncode == 130
     assert said == "ltx-trt: interrupted; nothing is half-written\n"
     until(lambda: counted(single, "ltx_requests_cancelled_total") > before, "the request's end")
-    stopped = counted(single, "ltx_step_seconds_count")
+    assert counted(single, "ltx_pass_requests_count") == steps + 4
     time.sleep(0.3)
-    assert counted(single, "ltx_step_seconds_count") == stopped < steps + 200
+    assert counted(single, "ltx_pass_requests_count") == steps + 4
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,7 +11,9 @@ pytest.importorskip("tritonclient.grpc")
 from ltx_engines.triton_settings import Settings
 from ltx_export.triton import config, repository
 from ltx_trt.cli import SHIPPED
+from tests.triton import held_steps
 from tests.triton.asking import busy
+from tests.triton.held_steps import Hold
 from tests.triton.server import Server
 from tests.triton.stream import PROMPTS, ask
 from tests.waiting import until
@@ -25,13 +27,14 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("narrow") / "repository"
     order = repository.Order(Settings(at_once=1), config.Queue(size=1))
     repository.write(SHIPPED, folder, order)
+    held_steps.add(folder)
     with Server(folder) as server:
         yield server
 
 
 def test_what_does_not_fit_into_the_queue_is_refused_at_once(narrow: Server) -> None:
     """While the one place is taken, one waits for it and one is in the queue."""
-    with ThreadPoolExecutor(8) as pool, busy(f"127.0.0.1:{narrow.grpc}"):
+    with ThreadPoolExecutor(8) as pool, busy(narrow, Hold(step=1)):
         asked = [pool.submit(ask, narrow.grpc, seed=seed, **CLIP) for seed in range(8)]
         until(lambda: sum(one.done() for one in asked) >= 6, "refusals")
     heard = [one.result() for one in asked]

@@ -2,18 +2,18 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
-from threading import Semaphore
 from typing import Any
 
 import pytest
 
 pytest.importorskip("tritonclient.grpc")
 
-from tests.triton.asking import SLOW, busy
+from tests.triton.asking import until_held
 from tests.triton.conftest import RunAlone
+from tests.triton.held_steps import Hold
 from tests.triton.server import Server
 from tests.triton.stream import PROMPTS, Heard, ask
-from tests.waiting import HANG, until
+from tests.waiting import until
 
 CLIP: dict[str, Any] = {"prompt": PROMPTS[0], "seed": 7, "num_inference_steps": 6}
 
@@ -64,43 +64,42 @@ def test_progress_comes_once_for_each_step_in_order(running: Server) -> None:
 
 
 def test_a_cancelled_request_stops_within_one_step(running: Server) -> None:
-    """Steps that take longer than the news of the end: the one under way is the last."""
+    """It is under way when the news comes, and is the last."""
     before = running.figures()
-    heard = ask(running.grpc, cancel_at=2, **SLOW)
-    told = heard.steps[-1]
+    heard = ask(running.grpc, cancel_at=2, **Hold(step=3).wishes)
+    assert heard.steps == [1, 2]
     wait_for(running, "ltx_requests_cancelled_total", before, 1)
     after = running.figures()
-    made = difference("ltx_step_seconds_count", before, after)
-    assert made <= told + 1, f"{made:g} steps were made, cancelled after {told}"
+    made = difference("ltx_pass_requests_count", before, after)
+    assert made == 3, f"{made:g} steps were made, cancelled after 2"
     assert after[series(after, "ltx_requests_running")] == 0
     assert ask(running.grpc, **CLIP).video
 
 
 def test_eight_at_once_are_each_as_if_alone(running: Server, run_alone: RunAlone) -> None:
     """Together from their first steps, however late some come: until all are there, the model is
-    at work on a clip whose steps are long, and between two of these a request makes one at most."""
-    total = 24
+    at work on a clip whose step is held."""
+    total, hold = 24, Hold(step=1, steps=2, waiting=8)
     clip = {**CLIP, "num_inference_steps": total}
     wishes = [{**clip, "prompt": PROMPTS[i % 4], "seed": i} for i in range(8)]
     before = running.figures()
-    with ThreadPoolExecutor(8) as pool, busy(f"127.0.0.1:{running.grpc}"):
-        there = Gathering(8)
-        asked = [pool.submit(ask, running.grpc, hear=there.hear, **wish) for wish in wishes]
-        there.wait()
+    with ThreadPoolExecutor(9) as pool:
+        held = pool.submit(ask, running.grpc, **hold.wishes)
+        until_held(running, hold, held.done)
+        asked = [pool.submit(ask, running.grpc, **wish) for wish in wishes]
+    assert held.result().report
     for wish, found in zip(wishes, (one.result() for one in asked), strict=True):
         video, report = run_alone(**wish)
         assert found.report["sha256"] == report["sha256"], wish
         assert found.video == video
         assert found.steps == list(range(1, total + 1))
-    wait_for(running, "ltx_requests_cancelled_total", before, 1)
     after = running.figures()
     shared = difference("ltx_pass_requests_sum", before, after)
     passes = difference("ltx_pass_requests_count", before, after)
     steps = difference("ltx_step_seconds_count", before, after)
-    assert steps <= shared <= steps + 1, "each step is of one pass; who left has one more of these"
-    lonely = shared - 8 * total
-    assert lonely > 0, "nothing has kept the model busy"
-    assert passes - lonely < 8 * total / 1.5, f"{passes - lonely:g} passes for {8 * total} steps"
+    assert steps == shared == 8 * total + hold.steps, "each step is of one pass"
+    together = passes - hold.steps
+    assert together < 8 * total / 1.5, f"{together:g} passes for {8 * total} steps"
 
 
 def test_requests_of_any_shapes_at_once_are_each_as_if_alone(
@@ -131,21 +130,6 @@ def test_a_lone_request_has_its_passes_to_itself(running: Server) -> None:
     after = running.figures()
     assert difference("ltx_pass_requests_sum", before, after) == 6
     assert difference("ltx_pass_requests_count", before, after) == 6
-
-
-class Gathering:
-    """Of requests: `wait` ends when so many are at the transformer."""
-
-    def __init__(self, count: int) -> None:
-        self._count, self._there = count, Semaphore(0)
-
-    def hear(self, heard: Heard) -> None:
-        if heard.events[-1].get("stage") == "transformer":
-            self._there.release()
-
-    def wait(self) -> None:
-        for _ in range(self._count):
-            assert self._there.acquire(timeout=HANG)
 
 
 def check_line(heard: Heard) -> None:

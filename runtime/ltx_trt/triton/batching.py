@@ -82,7 +82,7 @@ class Batcher:
         limits: Limits,
         heard: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """`heard` is told how many requests shared a pass, after each."""
+        """`heard` is told how many requests shared a pass, before any of them goes on."""
         self._session, self._limits, self._heard = session, limits, heard
         self._inputs = {t.name: t.axes.index(BATCH) for t in entry.inputs if BATCH in t.axes}
         self._outputs = {t.name: _axis(t) for t in entry.outputs}
@@ -174,7 +174,10 @@ class Batcher:
         results: Iterable[dict[str, Array]] = ()
         error: BaseException | None = None
         try:
-            results = self._pass(calls)
+            try:
+                results = self._pass(calls)
+            finally:
+                self._heard(len(calls))
         except BaseException as raised:
             error = raised
         with self._turn:
@@ -184,7 +187,6 @@ class Batcher:
                 call.result = result
             self._running = False
             self._turn.notify_all()
-        self._heard(len(calls))
 
     def _pass(self, calls: list[_Call]) -> list[dict[str, Array]]:
         if len(calls) == 1:
