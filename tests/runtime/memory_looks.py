@@ -1,4 +1,8 @@
-"""Counts how often a HostWatch looks, so that a test holds its memory until it has been seen."""
+"""Memory that is seen: a test holds it until a HostWatch has looked."""
+
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -6,7 +10,19 @@ from ltx_trt.host_memory import HostWatch
 from tests.waiting import until
 
 
+@contextmanager
+def taken(size: int) -> Iterator[None]:
+    """The system's own pages, given back to it at the end: what malloc keeps of other tests, and
+    gives again, would not be seen."""
+    with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
+        for page in range(0, size, mmap.PAGESIZE):
+            block[page] = 1
+        yield
+
+
 class Looks:
+    """Counts those of all watches."""
+
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._count = 0
         look = HostWatch.look

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("onnxruntime")
@@ -18,7 +17,7 @@ from ltx_trt.bench import Measured, Opened, Order, Timing
 from ltx_trt.request import Request
 from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
 from ltx_trt.voice import Voice
-from tests.runtime.memory_looks import Looks
+from tests.runtime.memory_looks import Looks, taken
 
 MakeBundle = Callable[..., Path]
 
@@ -80,9 +79,8 @@ def test_the_memory_of_each_case_is_its_own(
     block, real, looks = 96 << 20, bench.once, Looks(monkeypatch)
 
     def once(request: Request, *others: Any) -> dict[str, list[float]]:
-        large = np.ones(block if request.width == 64 else 1, np.uint8)
-        looks.wait()
-        del large
+        with taken(block if request.width == 64 else 1):
+            looks.wait()
         return real(request, *others)
 
     monkeypatch.setattr(bench, "once", once)

@@ -1,9 +1,7 @@
 """Peaks of the host's memory: what is taken is seen, also when it is given back at once."""
 
 import gc
-import mmap
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +10,11 @@ import pytest
 from ltx_engines.byte_sizes import UNITS
 from ltx_trt import host_memory
 from ltx_trt.host_memory import HostWatch
-from tests.runtime.memory_looks import Looks
+from tests.runtime.memory_looks import Looks, taken
 
 BLOCK = 64 * UNITS["MiB"]
 
 linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux' /proc")
-
-
-@contextmanager
-def taken(size: int) -> Iterator[None]:
-    """The system's own pages, given back to it at the end: what malloc keeps of other tests, and
-    gives again, would not be seen."""
-    with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
-        for page in range(0, size, mmap.PAGESIZE):
-            block[page] = 1
-        yield
 
 
 @pytest.fixture(autouse=True)
