@@ -204,6 +204,7 @@ def build_engine(  # noqa: PLR0913 - options of a command
         host_memory=None if host_memory is None else parse(host_memory, "--host-memory"),
     )
     cards = (onnxruntime_bundle if on_graphs else engine_bundle).check_early(order)
+    engine_stages.check_named(order)
     words = engine_numbers.Words(precision, recipe, calibration, rest_precision)
     numbers = engine_numbers.read(words)
     engine_numbers.check_cards(numbers, cards)

@@ -7,7 +7,7 @@ from typing import Literal
 from ltx_engines import targets
 from ltx_engines.errors import UserError
 from ltx_engines.targets import Flavour, Target
-from ltx_export import engine_profiles, engine_refusals, engine_stages, refittable
+from ltx_export import engine_profiles, engine_refusals, refittable
 from ltx_export.block_groups import Split
 
 
@@ -51,7 +51,6 @@ def check_early(order: Order) -> tuple[Target, ...]:
         engine_profiles.ends(word)
     if order.vae_stream is not None:
         engine_profiles.check_stream(order.vae_stream)
-    engine_stages.check_named(order)
     if order.host_memory is not None and order.split != "auto":
         raise UserError("--host-memory is for --split auto; give both, or leave it out")
     if order.engine_weights == "inputs":

@@ -1,21 +1,16 @@
 """Which stages are to have engines: the decoder has one for whole clips or tiles, or, with
 `--vae-stream`, one that goes on a few frames at a time, or both."""
 
-from typing import TYPE_CHECKING
-
 from ltx_engines.bundle import Bundle
 from ltx_engines.errors import UserError
 from ltx_engines.stages import DECODER, DECODERS, SAMPLER_STEP, STREAM
+from ltx_export.engine_order import Order
 from ltx_export.engine_profiles import VAE
-
-if TYPE_CHECKING:
-    from ltx_export.engine_order import Order
-
 
 NO_DECODER = "--vae-stream is for the VAE's decoder, which is not among the stages; leave it out"
 
 
-def check_named(order: "Order") -> None:
+def check_named(order: Order) -> None:
     """What the order alone shows, if it names stages: before a graph is made.
 
     Raises:
@@ -33,14 +28,14 @@ def check_named(order: "Order") -> None:
     check_vae(graphs(order) or (), order)
 
 
-def beside(opened: Bundle, order: "Order") -> tuple[str, ...]:
+def beside(opened: Bundle, order: Order) -> tuple[str, ...]:
     """Of graphs, which take no room: the decoder that goes on is not in the other's place."""
     found = of(opened, order)
     whole = order.stages is None and DECODER in opened.manifest.stages and DECODER not in found
     return (*found, DECODER) if whole else found
 
 
-def of(opened: Bundle, order: "Order") -> tuple[str, ...]:
+def of(opened: Bundle, order: Order) -> tuple[str, ...]:
     """As they were asked for, without the step that goes with the transformer.
 
     Raises:
@@ -59,14 +54,14 @@ def of(opened: Bundle, order: "Order") -> tuple[str, ...]:
     return tuple(wanted)
 
 
-def graphs(order: "Order") -> tuple[str, ...] | None:
+def graphs(order: Order) -> tuple[str, ...] | None:
     """The stages whose graphs that takes, of a checkpoint; None for all."""
     if order.stages is None or order.vae_stream is None or STREAM in order.stages:
         return order.stages
     return (*order.stages, STREAM) if DECODER in order.stages else order.stages
 
 
-def check_vae(stages: tuple[str, ...], order: "Order") -> None:
+def check_vae(stages: tuple[str, ...], order: Order) -> None:
     """
     Raises:
         UserError: tiles were asked for, and nothing is to be built that takes them.

@@ -49,7 +49,6 @@ def check_early(order: Order) -> tuple[Target, ...]:
         engine_profiles.ends(word)
     if order.vae_stream is not None:
         engine_profiles.check_stream(order.vae_stream)
-    engine_stages.check_named(order)
     return ()
 
 
