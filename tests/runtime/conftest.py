@@ -97,6 +97,23 @@ Change = Callable[[Path], None]
 
 
 @pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The stages that ONNX Runtime has opened, one after the other."""
+    from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
+
+    found: list[str] = []
+    real = OnnxRuntimeSession.open.__func__  # type: ignore[attr-defined]
+
+    def noted(cls: Any, /, bundle: Bundle, stage: str, **options: Any) -> OnnxRuntimeSession:
+        found.append(stage)
+        session: OnnxRuntimeSession = real(cls, bundle, stage, **options)
+        return session
+
+    monkeypatch.setattr(OnnxRuntimeSession, "open", classmethod(noted))
+    return found
+
+
+@pytest.fixture
 def make_bundle(tmp_path: Path) -> Callable[..., Path]:
     """Write a bundle; `change` may spoil its folder before it is sealed."""
     pytest.importorskip("onnx")

@@ -9,13 +9,11 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from ltx_engines.bundle import Bundle
 from ltx_engines.shapes import VideoShape
 from ltx_trt import bench, cli
 from ltx_trt.backend import Backend, Choice, Memory
 from ltx_trt.bench import Measured, Opened, Order, Timing
 from ltx_trt.request import Request
-from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
 from ltx_trt.voice import Voice
 from tests.runtime.memory_looks import Looks, taken
 
@@ -26,21 +24,6 @@ SMALL = VideoShape(9, 32, 32)
 
 def run(*words: object) -> int:
     return cli.main(["bench", *map(str, words)])
-
-
-@pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The stages that ONNX Runtime has opened, one after the other."""
-    found: list[str] = []
-    real = OnnxRuntimeSession.open.__func__  # type: ignore[attr-defined]
-
-    def noted(cls: Any, /, bundle: Bundle, stage: str, **options: Any) -> OnnxRuntimeSession:
-        found.append(stage)
-        session: OnnxRuntimeSession = real(cls, bundle, stage, **options)
-        return session
-
-    monkeypatch.setattr(OnnxRuntimeSession, "open", classmethod(noted))
-    return found
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> Any:

@@ -19,7 +19,6 @@ from ltx_trt.request import Wishes, resolve
 from ltx_trt.session import Array, Feeds
 from ltx_trt.session.choice import open_stages
 from ltx_trt.session.graph_stages import Graphs
-from ltx_trt.session.onnxruntime_session import OnnxRuntimeSession
 from tests.runtime import conftest
 
 pytest.importorskip("onnxruntime")
@@ -313,17 +312,9 @@ def test_a_file_that_nobody_looked_into_is_known_by_its_sample_or_not_at_all(
 
 
 def test_with_all_texts_seen_the_text_encoder_is_never_opened_and_the_clip_is_the_same(
-    make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_bundle: MakeBundle, tmp_path: Path, opened: list[str]
 ) -> None:
-    folder, opened = make_bundle(), []
-    real = OnnxRuntimeSession.open.__func__  # type: ignore[attr-defined]
-
-    def noted(cls: Any, /, bundle: Bundle, stage: str, **options: Any) -> OnnxRuntimeSession:
-        opened.append(stage)
-        session: OnnxRuntimeSession = real(cls, bundle, stage, **options)
-        return session
-
-    monkeypatch.setattr(OnnxRuntimeSession, "open", classmethod(noted))
+    folder = make_bundle()
 
     def clip(prompt: str, kept: Path | None, memory: Memory = Memory.staged) -> bytes:
         choice = Choice(Backend.onnxruntime, 1, memory, provider=Providers.cpu, prompt_cache=kept)

@@ -21,20 +21,13 @@ from ltx_engines.stages import DECODERS, SAMPLER_STEP, STREAM
 from ltx_engines.targets import Flavour
 from ltx_trt.backend import Backend, Choice, TextEncoderDevice
 from ltx_trt.session import onnxruntime_session, tensorrt_adapter
-from ltx_trt.session.bundle_stages import (
-    SOMETIMES,
-    USED,
-    EngineStages,
-    Stages,
-    computed,
-)
+from ltx_trt.session.bundle_stages import SOMETIMES, USED, EngineStages, Stages, computed
 from ltx_trt.session.device import Device
 from ltx_trt.session.driver import DeviceError
 from ltx_trt.session.engine_api import EngineError
 from ltx_trt.session.graph_stages import TEXT_ENCODER, OnnxRuntimeStages
 
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
-
 
 log = logging.getLogger(__name__)
 
@@ -228,9 +221,8 @@ def _check_decoders(
     for stage, misfit in unusable.items():
         if not usable:
             raise misfit
-        log.warning(
-            f"{usable[0]} decodes without {stage}: {built.folder} has {misfit}{misfit.advice}"
-        )
+        words = usable[0], stage, built.folder, misfit, misfit.advice
+        log.warning("%s decodes without %s: %s has %s%s", *words)
 
 
 def _cards(engines: Sequence[EngineEntry]) -> str:
